@@ -1,0 +1,362 @@
+"""Run an exported Faster R-CNN on pictures: two ONNX networks, and everything between them in NumPy.
+
+python demo.py                      the bundled picture
+python demo.py PATH ...             pictures, folders or globs
+
+Writes the annotated pictures and detections.json to the folder --out. Exit status: 0 all well, 1 some
+pictures failed and the rest was done, 2 nothing could be done.
+"""
+import argparse
+import glob
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import onnxruntime
+from tqdm import tqdm
+
+from postprocess import align_levels, assign_levels, base_anchors, detect, propose
+
+HERE = Path(__file__).resolve().parent
+FORMAT, TYPE = 1, "faster_rcnn"  # of the metadata that this file reads
+PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class ModelError(Exception):
+    """The folder holds no pair of networks that this file can run; the message says why and what to do."""
+
+
+class Detections(NamedTuple):
+    """What was found, best first."""
+
+    boxes: np.ndarray  # [d, 4] float32: x1, y1, x2, y2 in pixels of the picture
+    scores: np.ndarray  # [d] float32, 0 to 1
+    labels: np.ndarray  # [d] int64, positions in FasterRCNN.classes
+
+
+def ignore(stage, **arrays):
+    """Record nothing."""
+
+
+class FasterRCNN:
+    """An exported detector: detector(image) returns its Detections.
+
+    folder: holds model1.onnx and model2.onnx as export.py writes them; ModelError if it does not.
+    classes: the names of the classes, in the order of the labels.
+    """
+
+    def __init__(self, folder):
+        self.model1, self.model2, self.config = load_pair(folder)
+        self.classes = self.config["classes"]
+        anchors = self.config["anchors"]
+        self.base_anchors = [
+            base_anchors(size, anchors["scales"], anchors["ratios"], anchors["center_offset"])
+            for size in anchors["base_sizes"]
+        ]
+
+    def __call__(self, image, record=ignore):
+        """Return the Detections in an image [h, w, 3] uint8, BGR as cv2.imread returns it.
+
+        `record`, if given, is called after each stage as record(stage, **arrays) with what it computed.
+        """
+        config, strides, roi = self.config, self.config["anchors"]["strides"], self.config["roi"]
+
+        blob, image_size, scale_factor = preprocess(image, **config["preprocess"])
+        record("preprocess", blob=blob, image_size=image_size)
+
+        maps = [m[0] for m in self.model1.run(None, {"image": blob})]
+        cls, reg, features = (maps[i : i + len(strides)] for i in range(0, len(maps), len(strides)))
+        record("model1", cls=cls, reg=reg, features=features)
+
+        proposals, objectness = propose(cls, reg, self.base_anchors, strides, image_size, **config["rpn"])
+        record("propose", proposals=proposals, objectness=objectness)
+
+        levels = assign_levels(proposals, len(roi["strides"]), roi["finest_scale"])
+        roi_feats = align_levels(
+            features, proposals, levels, roi["strides"], roi["output_size"], roi["sampling_ratio"], roi["aligned"]
+        )
+        record("align", levels=levels, roi_feats=roi_feats)
+
+        cls, reg = self.model2.run(None, {"roi_feats": roi_feats})
+        record("model2", cls=cls, reg=reg)
+
+        detections = Detections(*detect(cls, reg, proposals, image_size, scale_factor, **config["rcnn"]))
+        record("detect", **detections._asdict())
+        return detections
+
+
+def load_pair(folder):
+    """Return the sessions of model1.onnx and model2.onnx in a folder and the metadata they share."""
+    sessions, configs = [], []
+    for name in ("model1.onnx", "model2.onnx"):
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ModelError(f"{path} is not there: export a model with export.py, or name its folder with --model")
+        try:
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a class for each way to fail, below none of their own
+            raise ModelError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
+        sessions.append(session)
+        configs.append(read_metadata(path, session))
+    if configs[0]["pair"] != configs[1]["pair"]:
+        raise ModelError(f"model1.onnx and model2.onnx in {folder} are of two different exports: export again")
+    for session, role in zip(sessions, ("image", "roi_feats")):
+        if session.get_inputs()[0].name != role:
+            raise ModelError(f"model1.onnx and model2.onnx in {folder} are swapped: rename them, or export again")
+    return (*sessions, configs[0])
+
+
+def read_metadata(path, session):
+    """Return the object that export.py left in a network."""
+    text = session.get_modelmeta().custom_metadata_map.get("detector")
+    if text is None:
+        raise ModelError(f"{path} was not written by export.py: it has no metadata 'detector'")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{path}: its metadata 'detector' is not JSON ({error}): export again") from error
+    found = {key: config.get(key) for key in ("format", "type")} if isinstance(config, dict) else config
+    if found != {"format": FORMAT, "type": TYPE}:
+        raise ModelError(f"{path} is {found}; this demo.py reads format {FORMAT}, type {TYPE!r}")
+    return config
+
+
+def preprocess(image, scale, mean, std, to_rgb, pad_divisor):
+    """Resize, normalise and pad an image [h, w, 3] uint8 BGR as MMDetection's test pipeline does.
+
+    Returns the blob [1, 3, H, W] float32, the size (height, width) of the picture in it (the rest of it, right
+    and below, is zero), and the factors [4] by which x, y, x, y were multiplied.
+    """
+    height, width = image.shape[:2]
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    size = int(width * factor + 0.5), int(height * factor + 0.5)
+    scale_factor = np.float32([size[0] / width, size[1] / height] * 2)
+
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    if to_rgb:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    image = cv2.subtract(image.astype(np.float32), (*mean, 0))
+    image = cv2.multiply(image, (*(1 / np.float64(std)), 0))
+
+    padded = [-(-side // pad_divisor) * pad_divisor for side in image.shape[:2]]
+    blob = np.zeros((1, 3, *padded), np.float32)
+    blob[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+    return blob, image.shape[:2], scale_factor
+
+
+def first_line(error):
+    """Return the message of an exception as one line."""
+    return " ".join(str(error).split())
+
+
+def read_picture(path):
+    """Return the picture in a file as [h, w, 3] uint8 BGR, turned as its EXIF says; ValueError if it is none."""
+    data = np.fromfile(path, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if image is None:
+        raise ValueError("not a picture that OpenCV can read")
+    return image
+
+
+def find_pictures(paths):
+    """Return the files that the paths (pictures, folders, globs) name, in order, and a line for each that has none."""
+    files, problems = [], []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+            problem = f"{path}: no pictures in this folder"
+        elif os.path.exists(path):
+            found, problem = [path], None
+        else:
+            found, problem = sorted(glob.glob(path, recursive=True)), f"{path}: no such file"
+        files += found
+        if not found:
+            problems.append(problem)
+    return list(dict.fromkeys(files)), problems
+
+
+def colour_of(label):
+    """Return a bright BGR colour for a class; neighbours in the list of classes differ clearly in hue."""
+    hue = round(label * 0.618034 % 1 * 180) % 180
+    return tuple(int(c) for c in cv2.cvtColor(np.uint8([[[hue, 200, 235]]]), cv2.COLOR_HSV2BGR)[0, 0])
+
+
+def draw(image, detections, classes):
+    """Return a copy of the image [h, w, 3] with each detection's box, class and score, the best on top."""
+    image = image.copy()
+    height, width = image.shape[:2]
+    line = max(1, round(min(height, width) / 300))
+    for box, score, label in reversed(list(zip(*detections))):
+        x1, y1, x2, y2 = np.clip(box, 0, [width - 1, height - 1] * 2).round().astype(int).tolist()
+        cv2.rectangle(image, (x1, y1), (x2, y2), colour_of(label), line)
+    for box, score, label in reversed(list(zip(*detections))):
+        draw_label(image, box, f"{classes[label]} {score:.2f}", colour_of(label))
+    return image
+
+
+def draw_label(image, box, text, colour):
+    """Write a text on a patch of colour at the box's upper left corner, moved and shrunk to stay in the image."""
+    height, width = image.shape[:2]
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, np.clip(min(height, width) / 1000, 0.4, 1.5)
+    text_width = cv2.getTextSize(text, font, size, 1)[0][0] + 4
+    size *= min(1, width / text_width)
+    thickness = max(1, round(size * 1.5))
+    (text_width, text_height), baseline = cv2.getTextSize(text, font, size, thickness)
+    patch_width, patch_height = text_width + 4, text_height + baseline + 2
+    x = int(np.clip(box[0], 0, max(width - patch_width, 0)))
+    y = int(np.clip(box[1] - patch_height, 0, max(height - patch_height, 0)))
+    cv2.rectangle(image, (x, y), (x + patch_width, y + patch_height), colour, cv2.FILLED)
+    bright = np.dot(colour, [0.114, 0.587, 0.299]) > 128
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    cv2.putText(image, text, (x + 2, y + text_height + 1), font, size, ink, thickness, cv2.LINE_AA)
+
+
+def write_file(path, data):
+    """Write bytes to a file that has its name only once it is whole."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".partial", delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+
+
+def as_coco(path, detections, classes):
+    """Return the detections as entries of COCO's result list; categories count from 1, as COCO's do."""
+    return [
+        {
+            "image_id": Path(path).stem,
+            "file_name": Path(path).name,
+            "category_id": label + 1,
+            "category": classes[label],
+            "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(score, 6),
+        }
+        for (x1, y1, x2, y2), score, label in zip(*(field.tolist() for field in detections))
+    ]
+
+
+def print_table(detections, classes):
+    """Print the detections, one a line."""
+    width = max([len(name) for name in classes] + [5])
+    print(f"{'class':{width}}  score       x1       y1       x2       y2")
+    for box, score, label in zip(*detections):
+        print(f"{classes[label]:{width}}  {score:.3f} " + " ".join(f"{side:8.1f}" for side in box))
+
+
+class Stopwatch:
+    """Adds up the milliseconds between the stages of the pipeline; its `record` is what FasterRCNN calls."""
+
+    def __init__(self):
+        self.milliseconds, self.last = {}, None
+
+    def start(self):
+        """Begin with another picture."""
+        self.last = time.perf_counter()
+
+    def record(self, stage, **arrays):
+        """Count the time since the last stage as this one's."""
+        now = time.perf_counter()
+        self.milliseconds[stage] = self.milliseconds.get(stage, 0) + (now - self.last) * 1000
+        self.last = now
+
+    def summary(self, pictures):
+        """Return the mean milliseconds of each stage as one line."""
+        means = {stage: total / pictures for stage, total in self.milliseconds.items()}
+        return " + ".join(f"{stage} {ms:.1f}" for stage, ms in means.items()) + f" = {sum(means.values()):.1f} ms"
+
+
+def free_name(path, taken):
+    """Return a file name for the annotated picture that no earlier picture of this run has."""
+    stem, number = Path(path).stem, 1
+    name = f"{stem}.png"
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}.png"
+    taken.add(name)
+    return name
+
+
+def run(detector, files, out, score_threshold, show):
+    """Detect in every file, write the annotated pictures and detections.json; return the number of failures."""
+    watch, entries, failures, taken = Stopwatch(), [], 0, set()
+    for path in tqdm(files, unit="picture", disable=len(files) == 1):
+        try:
+            image = read_picture(path)
+            watch.start()
+            detections = detector(image, watch.record)
+            confident = detections.scores >= score_threshold
+            detections = Detections(*(field[confident] for field in detections))
+            annotated, name = draw(image, detections, detector.classes), free_name(path, taken)
+            write_file(out / name, cv2.imencode(".png", annotated)[1].tobytes())
+        except (OSError, ValueError, cv2.error) as error:
+            failures += 1
+            tqdm.write(f"demo.py: {path}: {first_line(error)}", file=sys.stderr)
+            continue
+        entries += as_coco(path, detections, detector.classes)
+        if len(files) == 1:
+            print(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, {len(detections.boxes)} detections")
+            print_table(detections, detector.classes)
+        if show:
+            cv2.imshow(name, annotated)
+            cv2.waitKey()
+    done = len(files) - failures
+    if done:
+        write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
+        print(watch.summary(done))
+        print(f"{done} annotated, {len(entries)} detections: {out / (name if len(files) == 1 else '*.png')}, "
+              f"{out / 'detections.json'}")
+    return failures
+
+
+def read_arguments(arguments):
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", default=[str(HERE / "asset" / "shapes.png")],
+                        help="a picture, a folder or a glob (default: the bundled picture)")
+    parser.add_argument("--model", metavar="DIR", help="folder of model1.onnx and model2.onnx "
+                        "(default: ckpt if it holds an export, else the bundled ckpt/shapes)")
+    parser.add_argument("--out", metavar="DIR", default="output", help="folder for the results (default: output)")
+    parser.add_argument("--score-thr", metavar="S", type=float, default=0.3,
+                        help="lowest score that is drawn and written (default: 0.3)")
+    parser.add_argument("--show", action="store_true", help="show each picture in a window until a key is pressed")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line; return the exit status."""
+    args = read_arguments(arguments)
+    exported = (HERE / "ckpt" / "model1.onnx").exists()
+    folder = Path(args.model) if args.model else HERE / "ckpt" if exported else HERE / "ckpt" / "shapes"
+    files, problems = find_pictures(args.paths)
+    for problem in problems:
+        print(f"demo.py: {problem}", file=sys.stderr)
+    if not files:
+        return 2
+    try:
+        detector = FasterRCNN(folder)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except (ModelError, OSError) as error:
+        print(f"demo.py: {first_line(error)}", file=sys.stderr)
+        return 2
+    print(f"model: {folder} ({len(detector.classes)} classes)")
+    failures = run(detector, files, Path(args.out), args.score_thr, args.show)
+    if failures == len(files):
+        return 2
+    return 1 if failures or problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""Split MMDetection's Faster R-CNN into model1.onnx and model2.onnx, and prove that nothing was lost.
+
+python export.py                        Faster R-CNN R50-FPN 1x COCO, downloaded into ckpt/ if it is not there
+python export.py CONFIG CHECKPOINT      your own; CONFIG is a file, or the name of a config MMDetection ships
+
+model1 is backbone, neck and RPN head; model2 is the RoI head. Both run in PyTorch and in ONNX Runtime, every
+output is compared (True below 1e-4), then the detections of the whole pipeline in a picture. Only when all is
+True are the files moved to --out. Exit status: 0 all True, 1 something differs, 2 nothing could be exported.
+A CONFIG is Python and is run.
+"""
+import argparse
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore")  # of mmcv's future and of tracing: the verification says what matters
+
+import mmcv  # noqa: E402
+import mmdet  # noqa: E402
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+import torch  # noqa: E402
+from mmdet.apis import inference_detector  # noqa: E402
+from mmdet.datasets import DATASETS  # noqa: E402
+from mmdet.models import build_detector  # noqa: E402
+
+import demo  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
+DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
+CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{DEFAULT_CONFIG}/{DEFAULT_CHECKPOINT}"
+OUTPUT_TOLERANCE, BOX_TOLERANCE, SCORE_TOLERANCE = 1e-4, 1e-2, 1e-4  # boxes in pixels
+
+
+class ExportError(Exception):
+    """Nothing can be exported; the message says why and what to do."""
+
+
+class Model1(torch.nn.Module):
+    """image [N, 3, H, W] -> objectness logits, deltas and features of every level, the finest first."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+        self.eval()  # a module is born training, and the exporter would put the detector back into it
+
+    def forward(self, image):
+        """Return cls_0.., reg_0.., feat_0.. as one tuple."""
+        features = self.detector.extract_feat(image)
+        cls, reg = self.detector.rpn_head(features)
+        return (*cls, *reg, *features)
+
+
+class Model2(torch.nn.Module):
+    """roi_feats [B, C, s, s] -> class logits [B, classes + 1], deltas [B, 4 classes]."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.bbox_head = detector.roi_head.bbox_head
+        self.eval()
+
+    def forward(self, roi_feats):
+        """Return cls and reg."""
+        return self.bbox_head(roi_feats)
+
+
+def find_config(name):
+    """Return the path of a config: a file, or the name of one inside MMDetection's wheel."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(mmdet.__file__).parent / ".mim" / "configs"
+    found = sorted(shipped.rglob(f"{name[:-3] if name.endswith('.py') else name}.py"))
+    if not found:
+        raise ExportError(f"{name}: no such file, and MMDetection ships no config of this name")
+    return found[0]
+
+
+def fetch_default_checkpoint():
+    """Return the path of the default checkpoint in ckpt/, downloaded if it is not there."""
+    path = HERE / "ckpt" / DEFAULT_CHECKPOINT
+    if path.exists():
+        return path
+    print(f"downloading {CHECKPOINT_URL}")
+    hash_prefix = path.stem.rsplit("-", 1)[1]
+    try:
+        torch.hub.download_url_to_file(CHECKPOINT_URL, str(path), hash_prefix)
+    except (OSError, RuntimeError) as error:  # no network, a full disk; a wrong hash
+        raise ExportError(
+            f"the download failed ({demo.first_line(error)}): get {CHECKPOINT_URL} by other means and put it at {path}"
+        ) from error
+    return path
+
+
+def load_checkpoint(path, trust):
+    """Return the content of a checkpoint; unless trusted, only tensors and plain values are let in."""
+    if not Path(path).is_file():
+        raise ExportError(f"{path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise ExportError(f"{path} is not a checkpoint of PyTorch: {demo.first_line(error)}") from error
+        raise ExportError(
+            f"{path} is no checkpoint, or holds more than tensors and plain values, and could run code when loaded: "
+            "if you trust where it comes from, add --trust-checkpoint"
+        ) from error
+    except Exception as error:  # a truncated or foreign file fails in many ways
+        raise ExportError(f"{path} is not a checkpoint of PyTorch: {demo.first_line(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise ExportError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    return checkpoint
+
+
+def load_weights(detector, checkpoint, path):
+    """Load a checkpoint's weights; refuse it if any is missing, left over or of another shape."""
+    state = checkpoint.get("state_dict", checkpoint)
+    state = {name[7:] if name.startswith("module.") else name: value for name, value in state.items()}
+    expected = {name: tuple(value.shape) for name, value in detector.state_dict().items()}
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name != "meta"}
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # unused, and absent in old files
+    problems = [f"{name} is missing" for name in expected if name not in found and name not in counters]
+    problems += [f"{name} is left over" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ExportError(f"{path} does not fit the config: {'; '.join(problems[:3])}{more}")
+    detector.load_state_dict({name: state[name] for name in found}, strict=False)
+
+
+def class_names(cfg, checkpoint, num_classes):
+    """Return the names of the classes, from the checkpoint or else from the config's dataset."""
+    names = checkpoint.get("meta", {}).get("CLASSES") or cfg.data.test.get("classes")
+    if names is None:
+        names = DATASETS.get(cfg.data.test.type).CLASSES
+    names = [names] if isinstance(names, str) else list(names or [])
+    if len(names) != num_classes:
+        raise ExportError(f"the model has {num_classes} classes, but {len(names)} names: set data.test.classes")
+    return names
+
+
+def load_detector(config, checkpoint_path, trust=False):
+    """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
+    cfg = mmcv.Config.fromfile(str(config))
+    if cfg.get("model", {}).get("type") != "FasterRCNN":
+        raise ExportError(f"{config}: model.type is not FasterRCNN")
+    cfg.model.pretrained = None
+    cfg.model.backbone.init_cfg = None
+    cfg.model.train_cfg = None
+    detector = build_detector(cfg.model, test_cfg=cfg.get("test_cfg"))
+    check_supported(detector)
+    checkpoint = load_checkpoint(checkpoint_path, trust)
+    load_weights(detector, checkpoint, checkpoint_path)
+    detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes)
+    detector.cfg = cfg
+    return detector.eval()
+
+
+def check_supported(detector):
+    """Refuse, by the name in the config, every part that demo.py would compute differently."""
+    rpn, roi, rpn_cfg, rcnn_cfg = detector.rpn_head, detector.roi_head, detector.test_cfg.rpn, detector.test_cfg.rcnn
+    anchors, extractor, head = rpn.prior_generator, roi.bbox_roi_extractor, roi.bbox_head
+    heads = ("BBoxHead", "ConvFCBBoxHead", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead")
+    parts = [
+        ("rpn_head.type", type(rpn).__name__, ("RPNHead",)),
+        ("rpn_head.loss_cls.use_sigmoid", rpn.use_sigmoid_cls, (True,)),
+        ("rpn_head.anchor_generator.type", type(anchors).__name__, ("AnchorGenerator",)),
+        ("rpn_head.anchor_generator.scale_major", anchors.scale_major, (True,)),
+        ("rpn_head.anchor_generator.centers", anchors.centers, (None,)),
+        ("roi_head.type", type(roi).__name__, ("StandardRoIHead",)),
+        ("roi_head.shared_head", roi.with_shared_head, (False,)),
+        ("roi_head.bbox_roi_extractor.type", type(extractor).__name__, ("SingleRoIExtractor",)),
+        ("roi_head.bbox_roi_extractor.roi_layer.type", type(extractor.roi_layers[0]).__name__, ("RoIAlign",)),
+        ("roi_head.bbox_roi_extractor.roi_layer.pool_mode", extractor.roi_layers[0].pool_mode, ("avg",)),
+        ("roi_head.bbox_head.type", type(head).__name__, heads),
+        ("roi_head.bbox_head.loss_cls", head.custom_cls_channels, (False,)),
+        ("test_cfg.rpn.nms.type", rpn_cfg.nms.get("type", "nms"), ("nms",)),
+        ("test_cfg.rcnn.nms.type", rcnn_cfg.nms.get("type", "nms"), ("nms",)),
+    ]
+    parts += [
+        (f"{name}.{key}", getattr(coder, key), (value,))
+        for name, coder in (("rpn_head.bbox_coder", rpn.bbox_coder), ("roi_head.bbox_head.bbox_coder", head.bbox_coder))
+        for key, value in (("clip_border", True), ("add_ctr_clamp", False))
+    ]
+    for name, value, supported in parts:
+        if value not in supported:
+            raise ExportError(f"model.{name} is {value!r}, which cannot be exported; supported: {supported}")
+
+
+def describe(detector, source):
+    """Return what the networks cannot know, as plain values: the metadata that demo.py reads."""
+    rpn, roi = detector.rpn_head, detector.roi_head
+    anchors, extractor, head = rpn.prior_generator, roi.bbox_roi_extractor, roi.bbox_head
+    rpn_cfg, rcnn_cfg = detector.test_cfg.rpn, detector.test_cfg.rcnn
+    layer = extractor.roi_layers[0]
+    return {
+        "format": demo.FORMAT,
+        "type": demo.TYPE,
+        "source": source,
+        "classes": detector.CLASSES,
+        "preprocess": describe_preprocessing(detector.cfg),
+        "anchors": {
+            "strides": [stride[0] for stride in anchors.strides],
+            "base_sizes": list(anchors.base_sizes),
+            "scales": anchors.scales.tolist(),
+            "ratios": anchors.ratios.tolist(),
+            "center_offset": anchors.center_offset,
+        },
+        "rpn": {
+            "means": list(rpn.bbox_coder.means),
+            "stds": list(rpn.bbox_coder.stds),
+            "nms_pre": rpn_cfg.nms_pre,
+            "iou_threshold": rpn_cfg.nms.iou_threshold,
+            "max_per_img": rpn_cfg.max_per_img,
+            "min_bbox_size": rpn_cfg.min_bbox_size,
+        },
+        "roi": {
+            "strides": list(extractor.featmap_strides),
+            "output_size": layer.output_size[0],
+            "sampling_ratio": layer.sampling_ratio,
+            "aligned": layer.aligned,
+            "finest_scale": extractor.finest_scale,
+        },
+        "rcnn": {
+            "means": list(head.bbox_coder.means),
+            "stds": list(head.bbox_coder.stds),
+            "class_agnostic": head.reg_class_agnostic,
+            "score_threshold": rcnn_cfg.score_thr,
+            "iou_threshold": rcnn_cfg.nms.iou_threshold,
+            "max_per_img": rcnn_cfg.max_per_img,
+        },
+    }
+
+
+def describe_preprocessing(cfg):
+    """Return the test pipeline's resizing, normalisation and padding; refuse what is not plain."""
+    augmentation = next(step for step in cfg.data.test.pipeline if step.type == "MultiScaleFlipAug")
+    steps = {step.type: step for step in augmentation.transforms}
+    if not steps["Resize"].get("keep_ratio", True):
+        raise ExportError("data.test.pipeline: Resize with keep_ratio=False cannot be exported")
+    return {
+        "scale": list(augmentation.img_scale),
+        "mean": list(steps["Normalize"].mean),
+        "std": list(steps["Normalize"].std),
+        "to_rgb": steps["Normalize"].get("to_rgb", True),
+        "pad_divisor": steps["Pad"].size_divisor if "Pad" in steps else 1,
+    }
+
+
+def output_names(detector):
+    """Return the names of model1's outputs."""
+    levels = range(len(detector.rpn_head.prior_generator.strides))
+    return [f"{kind}_{level}" for kind in ("cls", "reg", "feat") for level in levels]
+
+
+def roi_features(detector, count):
+    """Return `count` random RoI features [count, C, s, s], the same ones every time."""
+    extractor = detector.roi_head.bbox_roi_extractor
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, extractor.out_channels, *extractor.roi_layers[0].output_size, generator=generator)
+
+
+def to_onnx(module, example, path, inputs, outputs, opset):
+    """Write a module as ONNX with standard operators; sizes are dynamic where `inputs` and `outputs` name them."""
+    legacy = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    with torch.no_grad():
+        torch.onnx.export(
+            module, (example,), str(path), opset_version=opset, input_names=list(inputs), output_names=list(outputs),
+            dynamic_axes={**inputs, **outputs}, **legacy,
+        )
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model)
+    foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    if foreign:
+        raise ExportError(f"these operators are not standard ONNX: {', '.join(sorted(foreign))}")
+    return model
+
+
+def write_pair(detector, folder, source, opset):
+    """Write model1.onnx and model2.onnx with their metadata to a folder."""
+    maps = {name: {0: "N", 2: f"H_{name[-1]}", 3: f"W_{name[-1]}"} for name in output_names(detector)}
+    networks = {
+        "model1.onnx": to_onnx(Model1(detector), torch.randn(1, 3, 256, 320), folder / "model1.onnx",
+                               {"image": {0: "N", 2: "H", 3: "W"}}, maps, opset),
+        "model2.onnx": to_onnx(Model2(detector), roi_features(detector, 2), folder / "model2.onnx",
+                               {"roi_feats": {0: "B"}}, {"cls": {0: "B"}, "reg": {0: "B"}}, opset),
+    }
+    metadata = describe(detector, source)
+    digest = hashlib.sha256(json.dumps(metadata).encode())
+    for model in networks.values():
+        digest.update(model.SerializeToString(deterministic=True))
+    metadata["pair"] = digest.hexdigest()[:16]  # of the content: exporting again gives the same files
+    for name, model in networks.items():
+        onnx.helper.set_model_props(model, {"detector": json.dumps(metadata)})
+        onnx.save(model, str(folder / name))
+
+
+def largest_differences(module, session, inputs):
+    """Return for each output its shape and largest difference between PyTorch and ONNX Runtime, over all inputs."""
+    differences = []
+    for tensor in inputs:
+        with torch.no_grad():
+            expected = [output.numpy() for output in module(tensor)]
+        found = session.run(None, {session.get_inputs()[0].name: tensor.numpy()})
+        differences.append([
+            np.abs(a - b).max() if a.shape == b.shape else np.inf for a, b in zip(expected, found)
+        ])
+        shapes = [list(output.shape) for output in expected]
+    return list(zip(shapes, np.max(differences, axis=0)))
+
+
+def verify_outputs(detector, pair, image):
+    """Print a line for every output of both networks; return whether all are True."""
+    small, _, _ = demo.preprocess(image, **pair.config["preprocess"])
+    divisor = pair.config["preprocess"]["pad_divisor"]
+    large = torch.from_numpy(small)
+    half = large[..., ::2, ::2].transpose(2, 3)  # another size, upright where the first one lies
+    half = half[..., : half.shape[2] // divisor * divisor, : half.shape[3] // divisor * divisor]
+    half = torch.cat([half, half.flip(3)]).contiguous()
+    rows = largest_differences(Model1(detector), pair.model1, [half, large])
+    rows += largest_differences(
+        Model2(detector), pair.model2, [roi_features(detector, 7), roi_features(detector, 1000)]
+    )
+    for name, (shape, difference) in zip([*output_names(detector), "cls", "reg"], rows):
+        print(f"{name:8} {shape!s:22} {difference:.1e}  {difference < OUTPUT_TOLERANCE}")
+    return all(difference < OUTPUT_TOLERANCE for _, difference in rows)
+
+
+def reference_detections(detector, image):
+    """Return MMDetection's own detections in an image, as demo.py's."""
+    per_class = inference_detector(detector, image)
+    boxes = np.concatenate(per_class)
+    labels = np.repeat(np.arange(len(per_class)), [len(found) for found in per_class])
+    return demo.Detections(boxes[:, :4], boxes[:, 4], labels)
+
+
+def compare_detections(ours, reference):
+    """Pair detections one to one by label and place.
+
+    Returns the pairs' number and their largest difference in boxes (pixels) and scores.
+    """
+    if len(ours.boxes) == 0 or len(reference.boxes) == 0:
+        return 0, 0.0, 0.0
+    distances = np.abs(ours.boxes[:, None] - reference.boxes).max(axis=2)
+    distances[ours.labels[:, None] != reference.labels] = np.inf
+    nearest = distances.argmin(axis=1)
+    paired = np.isfinite(distances.min(axis=1))
+    box_difference = distances.min(axis=1)[paired].max(initial=0)
+    score_difference = np.abs(ours.scores - reference.scores[nearest])[paired].max(initial=0)
+    return len(set(nearest[paired])), box_difference, score_difference
+
+
+def verify_detections(detector, pair, image):
+    """Print a line for the whole pipeline against inference_detector; return whether it is True."""
+    ours, reference = pair(image), reference_detections(detector, image)
+    paired, box_difference, score_difference = compare_detections(ours, reference)
+    equal = (
+        paired == len(ours.boxes) == len(reference.boxes)
+        and box_difference <= BOX_TOLERANCE
+        and score_difference <= SCORE_TOLERANCE
+    )
+    print(
+        f"detections: {len(ours.boxes)}, MMDetection: {len(reference.boxes)}, the same: {paired}, "
+        f"largest difference {box_difference:.1e} px, {score_difference:.1e} in score  {equal}"
+    )
+    return equal
+
+
+def export(config, checkpoint, out, opset=13, trust=False, picture=HERE / "asset" / "shapes.png"):
+    """Export, verify and move the two files to `out`; return whether all was True."""
+    detector = load_detector(config, checkpoint, trust)
+    source = {
+        "config": Path(config).name,
+        "checkpoint": Path(checkpoint).name,
+        "sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        "versions": {module.__name__: module.__version__ for module in (mmdet, mmcv, torch, onnx)},
+    }
+    image = demo.read_picture(picture)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
+        write_pair(detector, Path(folder), source, opset)
+        pair = demo.FasterRCNN(folder)
+        if not all([verify_outputs(detector, pair, image), verify_detections(detector, pair, image)]):
+            print(f"export.py: ONNX Runtime and PyTorch differ: nothing was written to {out}", file=sys.stderr)
+            return False
+        for name in ("model1.onnx", "model2.onnx"):
+            os.replace(Path(folder) / name, out / name)
+    print(f"written: {out / 'model1.onnx'}, {out / 'model2.onnx'}")
+    return True
+
+
+def read_arguments(arguments):
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a file, or the name of a config in MMDetection")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="the .pth file with its weights")
+    parser.add_argument("--out", metavar="DIR", default=HERE / "ckpt", type=Path, help="default: ckpt")
+    parser.add_argument("--opset", metavar="N", type=int, default=13, help="of ONNX (default: 13)")
+    parser.add_argument("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
+                        help="what the detections are compared on (default: the bundled picture)")
+    parser.add_argument("--trust-checkpoint", action="store_true",
+                        help="load a checkpoint that holds more than tensors; it can run any code")
+    args = parser.parse_args(arguments)
+    if args.config and not args.checkpoint:
+        parser.error("CONFIG and CHECKPOINT go together")
+    return args
+
+
+def main(arguments=None):
+    """Run the command line; return the exit status."""
+    args = read_arguments(arguments)
+    try:
+        config = find_config(args.config or DEFAULT_CONFIG)
+        checkpoint = args.checkpoint or fetch_default_checkpoint()
+        return 0 if export(config, checkpoint, args.out, args.opset, args.trust_checkpoint, args.picture) else 1
+    except (ExportError, demo.ModelError, OSError, ValueError) as error:
+        print(f"export.py: {demo.first_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
