@@ -6,6 +6,7 @@ python demo.py PATH ...             pictures, folders or globs
 Writes the annotated pictures and detections.json to the folder --out. Exit status: 0 all well, 1 some
 pictures failed and the rest was done, 2 nothing could be done.
 """
+
 import argparse
 import glob
 import json
@@ -192,7 +193,7 @@ def draw(image, detections, classes):
     image = image.copy()
     height, width = image.shape[:2]
     line = max(1, round(min(height, width) / 300))
-    for box, score, label in reversed(list(zip(*detections))):
+    for box, _, label in reversed(list(zip(*detections))):
         x1, y1, x2, y2 = np.clip(box, 0, [width - 1, height - 1] * 2).round().astype(int).tolist()
         cv2.rectangle(image, (x1, y1), (x2, y2), colour_of(label), line)
     for box, score, label in reversed(list(zip(*detections))):
@@ -314,8 +315,10 @@ def run(detector, files, out, score_threshold, show):
     if done:
         write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
         print(watch.summary(done))
-        print(f"{done} annotated, {len(entries)} detections: {out / (name if len(files) == 1 else '*.png')}, "
-              f"{out / 'detections.json'}")
+        print(
+            f"{done} annotated, {len(entries)} detections: {out / (name if len(files) == 1 else '*.png')}, "
+            f"{out / 'detections.json'}"
+        )
     return failures
 
 
@@ -324,13 +327,27 @@ def read_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="*", metavar="PATH", default=[str(HERE / "asset" / "shapes.png")],
-                        help="a picture, a folder or a glob (default: the bundled picture)")
-    parser.add_argument("--model", metavar="DIR", help="folder of model1.onnx and model2.onnx "
-                        "(default: ckpt if it holds an export, else the bundled ckpt/shapes)")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        default=[str(HERE / "asset" / "shapes.png")],
+        help="a picture, a folder or a glob (default: the bundled picture)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="folder of model1.onnx and model2.onnx "
+        "(default: ckpt if it holds an export, else the bundled ckpt/shapes)",
+    )
     parser.add_argument("--out", metavar="DIR", default="output", help="folder for the results (default: output)")
-    parser.add_argument("--score-thr", metavar="S", type=float, default=0.3,
-                        help="lowest score that is drawn and written (default: 0.3)")
+    parser.add_argument(
+        "--score-thr",
+        metavar="S",
+        type=float,
+        default=0.3,
+        help="lowest score that is drawn and written (default: 0.3)",
+    )
     parser.add_argument("--show", action="store_true", help="show each picture in a window until a key is pressed")
     return parser.parse_args(arguments)
 

@@ -8,6 +8,7 @@ output is compared (True below 1e-4), then the detections of the whole pipeline 
 True are the files moved to --out. Exit status: 0 all True, 1 something differs, 2 nothing could be exported.
 A CONFIG is Python and is run.
 """
+
 import argparse
 import hashlib
 import inspect
@@ -275,8 +276,14 @@ def to_onnx(module, example, path, inputs, outputs, opset):
     legacy = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with torch.no_grad():
         torch.onnx.export(
-            module, (example,), str(path), opset_version=opset, input_names=list(inputs), output_names=list(outputs),
-            dynamic_axes={**inputs, **outputs}, **legacy,
+            module,
+            (example,),
+            str(path),
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={**inputs, **outputs},
+            **legacy,
         )
     model = onnx.load(str(path))
     onnx.checker.check_model(model)
@@ -290,10 +297,22 @@ def write_pair(detector, folder, source, opset):
     """Write model1.onnx and model2.onnx with their metadata to a folder."""
     maps = {name: {0: "N", 2: f"H_{name[-1]}", 3: f"W_{name[-1]}"} for name in output_names(detector)}
     networks = {
-        "model1.onnx": to_onnx(Model1(detector), torch.randn(1, 3, 256, 320), folder / "model1.onnx",
-                               {"image": {0: "N", 2: "H", 3: "W"}}, maps, opset),
-        "model2.onnx": to_onnx(Model2(detector), roi_features(detector, 2), folder / "model2.onnx",
-                               {"roi_feats": {0: "B"}}, {"cls": {0: "B"}, "reg": {0: "B"}}, opset),
+        "model1.onnx": to_onnx(
+            Model1(detector),
+            torch.randn(1, 3, 256, 320),
+            folder / "model1.onnx",
+            {"image": {0: "N", 2: "H", 3: "W"}},
+            maps,
+            opset,
+        ),
+        "model2.onnx": to_onnx(
+            Model2(detector),
+            roi_features(detector, 2),
+            folder / "model2.onnx",
+            {"roi_feats": {0: "B"}},
+            {"cls": {0: "B"}, "reg": {0: "B"}},
+            opset,
+        ),
     }
     metadata = describe(detector, source)
     digest = hashlib.sha256(json.dumps(metadata).encode())
@@ -312,9 +331,7 @@ def largest_differences(module, session, inputs):
         with torch.no_grad():
             expected = [output.numpy() for output in module(tensor)]
         found = session.run(None, {session.get_inputs()[0].name: tensor.numpy()})
-        differences.append([
-            np.abs(a - b).max() if a.shape == b.shape else np.inf for a, b in zip(expected, found)
-        ])
+        differences.append([np.abs(a - b).max() if a.shape == b.shape else np.inf for a, b in zip(expected, found)])
         shapes = [list(output.shape) for output in expected]
     return list(zip(shapes, np.max(differences, axis=0)))
 
@@ -409,10 +426,18 @@ def read_arguments(arguments):
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="the .pth file with its weights")
     parser.add_argument("--out", metavar="DIR", default=HERE / "ckpt", type=Path, help="default: ckpt")
     parser.add_argument("--opset", metavar="N", type=int, default=13, help="of ONNX (default: 13)")
-    parser.add_argument("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
-                        help="what the detections are compared on (default: the bundled picture)")
-    parser.add_argument("--trust-checkpoint", action="store_true",
-                        help="load a checkpoint that holds more than tensors; it can run any code")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        default=HERE / "asset" / "shapes.png",
+        type=Path,
+        help="what the detections are compared on (default: the bundled picture)",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint that holds more than tensors; it can run any code",
+    )
     args = parser.parse_args(arguments)
     if args.config and not args.checkpoint:
         parser.error("CONFIG and CHECKPOINT go together")

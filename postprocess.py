@@ -9,10 +9,11 @@ same float32 order where the order decides which box survives.
 
 The papers: Faster R-CNN (arXiv 1506.01497), FPN (1612.03144), Mask R-CNN (1703.06870), R-CNN (1311.2524).
 """
+
 import numpy as np
 
 MAX_LOG_SCALE = np.float32(abs(np.log(16 / 1000)))  # a box grows or shrinks at most by this, see decode_boxes
-NMS_BLOCK = 128  # boxes decided at a time: bounds the memory of the IoU matrix, not the result
+NMS_BLOCK = 64  # boxes decided at a time: bounds the memory of the IoU matrix, not the result
 
 
 def base_anchors(base_size, scales, ratios, center_offset=0.0):
@@ -113,10 +114,8 @@ def batched_nms(boxes, scores, groups, iou_threshold):
 
 def top_k(scores, k):
     """Return the indices of the k best of the scores [n], best first; of equal ones the first counts as better."""
-    if k < len(scores):
-        candidates = np.flatnonzero(scores >= np.partition(scores, -k)[-k])  # k, and more if the last one is tied
-    else:
-        candidates = np.arange(len(scores))
+    kth_best = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
+    candidates = np.flatnonzero(scores >= kth_best)  # k, and more if the last one is tied
     return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
 
 
@@ -132,9 +131,7 @@ def softmax(x):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def propose(
-    cls, reg, base, strides, image_size, means, stds, nms_pre, iou_threshold, max_per_img, min_bbox_size
-):
+def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_threshold, max_per_img, min_bbox_size):
     """Turn the RPN's maps into proposals: boxes [r, 4] and their scores [r], best first, r <= max_per_img.
 
     cls: a level's objectness logits [a, h, w] each; reg: its deltas [4 a, h, w]; base: its base anchors [a, 4].
@@ -194,7 +191,7 @@ def interpolation_matrices(start, length, map_length, output_size, sampling_rati
     stop = np.maximum(np.max(high, axis=(1, 2), where=used, initial=0), first) + 1
     k = (stop - first).max(initial=0)
 
-    row = (np.arange(used[..., 0].size) * k).reshape(len(used), output_size, 1) - first[:, None, None]
+    row = (np.arange(len(used) * output_size) * k).reshape(len(used), output_size, 1) - first[:, None, None]
     entries = np.stack([row + low, row + high])[:, used]  # where in the matrices the two weights of a point go
     weights = (np.stack([1 - (points - low), points - low]) / count)[:, used]
     matrices = np.bincount(entries.ravel(), weights.ravel(), minlength=len(used) * output_size * k)
@@ -251,7 +248,7 @@ def detect(
     class_scores = softmax(cls)[:, :-1]
     roi, label = np.nonzero(class_scores > score_threshold)
     scores = class_scores[roi, label]
-    deltas = reg.reshape(len(reg), -1, 4)[roi, 0 if class_agnostic else label]
+    deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if class_agnostic else label]
     boxes = decode_boxes(rois[roi], deltas, means, stds, image_size) / np.float32(scale_factor)
     kept = batched_nms(boxes, scores, label, iou_threshold)[:max_per_img]
     return boxes[kept], scores[kept], label[kept]

@@ -1,4 +1,5 @@
 """A small Faster R-CNN for six shapes: ResNet-18 with a quarter of its channels, FPN, five levels."""
+
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     type="FasterRCNN",
@@ -19,9 +20,7 @@ model = dict(
         type="RPNHead",
         in_channels=64,
         feat_channels=64,
-        anchor_generator=dict(
-            type="AnchorGenerator", scales=[4], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]
-        ),
+        anchor_generator=dict(type="AnchorGenerator", scales=[4], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
         bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[1.0] * 4),
         loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type="L1Loss", loss_weight=1.0),
@@ -41,9 +40,7 @@ model = dict(
             fc_out_channels=128,
             roi_feat_size=7,
             num_classes=6,
-            bbox_coder=dict(
-                type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]
-            ),
+            bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
             reg_class_agnostic=False,
             loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type="L1Loss", loss_weight=1.0),
@@ -51,21 +48,30 @@ model = dict(
     ),
     train_cfg=dict(
         rpn=dict(
-            assigner=dict(type="MaxIoUAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3,
-                          match_low_quality=True, ignore_iof_thr=-1),
-            sampler=dict(type="RandomSampler", num=256, pos_fraction=0.5, neg_pos_ub=-1,
-                         add_gt_as_proposals=False),
+            assigner=dict(
+                type="MaxIoUAssigner",
+                pos_iou_thr=0.7,
+                neg_iou_thr=0.3,
+                min_pos_iou=0.3,
+                match_low_quality=True,
+                ignore_iof_thr=-1,
+            ),
+            sampler=dict(type="RandomSampler", num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
             allowed_border=-1,
             pos_weight=-1,
             debug=False,
         ),
-        rpn_proposal=dict(nms_pre=1000, max_per_img=500, nms=dict(type="nms", iou_threshold=0.7),
-                          min_bbox_size=0),
+        rpn_proposal=dict(nms_pre=1000, max_per_img=500, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0),
         rcnn=dict(
-            assigner=dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5,
-                          match_low_quality=False, ignore_iof_thr=-1),
-            sampler=dict(type="RandomSampler", num=128, pos_fraction=0.5, neg_pos_ub=-1,
-                         add_gt_as_proposals=True),
+            assigner=dict(
+                type="MaxIoUAssigner",
+                pos_iou_thr=0.5,
+                neg_iou_thr=0.5,
+                min_pos_iou=0.5,
+                match_low_quality=False,
+                ignore_iof_thr=-1,
+            ),
+            sampler=dict(type="RandomSampler", num=128, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=True),
             pos_weight=-1,
             debug=False,
         ),
@@ -85,8 +91,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", img_scale=img_scale, keep_ratio=True),
-    dict(type="RandomFlip", flip_ratio=[0.25, 0.25, 0.25],
-         direction=["horizontal", "vertical", "diagonal"]),
+    dict(type="RandomFlip", flip_ratio=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="Normalize", **img_norm_cfg),
     dict(type="Pad", size_divisor=32),
     dict(type="DefaultFormatBundle"),
@@ -111,18 +116,34 @@ test_pipeline = [
 data = dict(
     samples_per_gpu=8,
     workers_per_gpu=1,
-    train=dict(type=dataset_type, classes=classes, ann_file=data_root + "train.json",
-               img_prefix=data_root + "train/", pipeline=train_pipeline),
-    val=dict(type=dataset_type, classes=classes, ann_file=data_root + "val.json",
-             img_prefix=data_root + "val/", pipeline=test_pipeline),
-    test=dict(type=dataset_type, classes=classes, ann_file=data_root + "val.json",
-              img_prefix=data_root + "val/", pipeline=test_pipeline),
+    train=dict(
+        type=dataset_type,
+        classes=classes,
+        ann_file=data_root + "train.json",
+        img_prefix=data_root + "train/",
+        pipeline=train_pipeline,
+    ),
+    val=dict(
+        type=dataset_type,
+        classes=classes,
+        ann_file=data_root + "val.json",
+        img_prefix=data_root + "val/",
+        pipeline=test_pipeline,
+    ),
+    test=dict(
+        type=dataset_type,
+        classes=classes,
+        ann_file=data_root + "val.json",
+        img_prefix=data_root + "val/",
+        pipeline=test_pipeline,
+    ),
 )
 
 optimizer = dict(type="AdamW", lr=0.001, weight_decay=0.01)
 optimizer_config = dict(grad_clip=dict(max_norm=10.0))
-lr_config = dict(policy="CosineAnnealing", min_lr=0.0, by_epoch=False,
-                 warmup="linear", warmup_iters=200, warmup_ratio=0.01)
+lr_config = dict(
+    policy="CosineAnnealing", min_lr=0.0, by_epoch=False, warmup="linear", warmup_iters=200, warmup_ratio=0.01
+)
 runner = dict(type="EpochBasedRunner", max_epochs=6)
 checkpoint_config = dict(interval=1, max_keep_ckpts=1, save_optimizer=False)
 log_config = dict(interval=50, hooks=[dict(type="TextLoggerHook")])

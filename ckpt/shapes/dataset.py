@@ -3,6 +3,7 @@
 python ckpt/shapes/dataset.py                       the training and the held-out pictures, to ckpt/shapes/data
 python ckpt/shapes/dataset.py --seed 7 FILE.png     one picture from a seed of your own
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -27,8 +28,9 @@ def outline(name):
         return np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), inner_arc])
     if name == "cross":
         a, b = 0.32, 0.95
-        return np.float64([(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b),
-                           (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a), (-a, b)])
+        return np.float64(
+            [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a), (-a, b)]
+        )
     corners = {"circle": 72, "triangle": 3, "square": 4, "star": 10}[name]
     angles = np.arange(corners) * 2 * np.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.42, 1.0) if name == "star" else np.ones(corners)
@@ -135,8 +137,16 @@ def write_split(folder, name):
         cv2.imwrite(str(folder / name / f"{seed}.png"), picture)
         images.append({"id": seed, "file_name": f"{seed}.png", "height": picture.shape[0], "width": picture.shape[1]})
         for (x1, y1, x2, y2), label in zip(boxes.round(2).tolist(), labels.tolist()):
-            annotations.append({"id": len(annotations) + 1, "image_id": seed, "category_id": label + 1, "iscrowd": 0,
-                                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": seed,
+                    "category_id": label + 1,
+                    "iscrowd": 0,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                }
+            )
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / f"{name}.json").write_text(json.dumps(content))

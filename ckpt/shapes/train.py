@@ -3,6 +3,7 @@
 python ckpt/shapes/train.py                draw the pictures, train on the CPU, evaluate
 python ckpt/shapes/train.py --evaluate     only evaluate the shapes.pth that is there
 """
+
 import argparse
 from pathlib import Path
 
