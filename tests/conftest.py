@@ -47,7 +47,12 @@ def drawn_pictures():
 
 @pytest.fixture(scope="session")
 def coco_checkpoint(tmp_path_factory, photographs):
-    """Write a checkpoint of Faster R-CNN R50-FPN with seeded weights and return its path.
+    """Return the path of a checkpoint of Faster R-CNN R50-FPN with seeded weights."""
+    return write_seeded_checkpoint(tmp_path_factory.mktemp("coco") / "seeded.pth", photographs["astronaut"])
+
+
+def write_seeded_checkpoint(path, photograph):
+    """Write a checkpoint of Faster R-CNN R50-FPN COCO with seeded random weights and return its path.
 
     Random heads give every box the same score. So each head's last layer is scaled until its outputs in a
     photograph vary as a trained detector's do: then top-k, NMS and thresholds have something to decide.
@@ -65,9 +70,8 @@ def coco_checkpoint(tmp_path_factory, photographs):
     detector = build_detector(cfg.model)
     detector.init_weights()
     detector.eval()
-    preprocessing = export.describe_preprocessing(cfg)
     with torch.no_grad():
-        image = torch.from_numpy(demo.preprocess(photographs["astronaut"], **preprocessing)[0])
+        image = torch.from_numpy(demo.preprocess(photograph, **export.describe_preprocessing(cfg))[0])
         features = detector.extract_feat(image)
         scale_layer(detector.rpn_head.rpn_cls, detector.rpn_head(features)[0], 2.0)
         scale_layer(detector.rpn_head.rpn_reg, detector.rpn_head(features)[1], 0.3)
@@ -76,7 +80,6 @@ def coco_checkpoint(tmp_path_factory, photographs):
         rois = torch.stack([crop for crop in crops if crop.shape[1:] == (7, 7)])
         scale_layer(head.fc_cls, head(rois)[:1], 2.0)
         scale_layer(head.fc_reg, head(rois)[1:], 0.5)
-    path = tmp_path_factory.mktemp("coco") / "seeded.pth"
     meta = {"CLASSES": export.DATASETS.get("CocoDataset").CLASSES}
     torch.save({"state_dict": detector.state_dict(), "meta": meta}, path)
     return path

@@ -1,0 +1,437 @@
+"""Race the NumPy against the compiled operators that it replaces: uv run --extra export tests/benchmark.py.
+
+Every contest gives all contestants the same input, checks that they agree, warms up, and then lets them take turns
+(A B C A B C ...), so that a noisy machine is noisy for all. Printed: median, spread (interquartile range), and our
+median as a part of the best peer's. --json FILE writes the same as data; --plot FILE draws the growth.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+ROUNDS = 7
+IMAGE_SIZE = (800, 1216)
+STRIDES = (4, 8, 16, 32, 64)
+
+
+def race(contestants, rounds=ROUNDS):
+    """Return the seconds [rounds] that each of the functions took, taking turns after one warm-up each."""
+    for run in contestants.values():
+        run()
+    seconds = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(title, seconds, results):
+    """Print one contest and keep it in the results."""
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    best_peer = min(median for name, median in medians.items() if name != "ours")
+    print(f"\n{title}")
+    for name, times in seconds.items():
+        low, high = np.percentile(times, [25, 75])
+        ours_to_it = "" if name == "ours" else f"   ours takes {medians['ours'] / medians[name]:.2f} of it"
+        print(f"  {name:34} {medians[name] * 1e3:9.2f} ms  +- {(high - low) / 2 * 1e3:.2f}{ours_to_it}")
+    results[title] = {"median_seconds": medians, "ratio_to_best_peer": medians["ours"] / best_peer}
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def proposals_like(rng, count):
+    """Return boxes [count, 4] crowded around objects as an RPN's proposals are, and distinct scores [count]."""
+    height, width = IMAGE_SIZE
+    objects = max(count // 25, 1)
+    place = rng.integers(0, objects, count)
+    sizes = np.exp(rng.normal(np.log(90), 0.9, (objects, 2)))[place] * np.exp(rng.normal(0, 0.2, (count, 2)))
+    centers = rng.uniform(0, [width, height], (objects, 2))[place] + rng.normal(0, 0.15, (count, 2)) * sizes
+    boxes = np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
+    scores = rng.permutation(np.linspace(0, 1, count, dtype=np.float32))
+    return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32), scores
+
+
+def pyramid(rng, channels=256):
+    """Return random feature maps [channels, h, w] of the four finest levels."""
+    return [
+        rng.standard_normal((channels, IMAGE_SIZE[0] // s, IMAGE_SIZE[1] // s), dtype=np.float32) for s in STRIDES[:4]
+    ]
+
+
+def onnx_roi_align(features):
+    """Return a session with one RoiAlign operator for each level: (features, rois) -> four [r, C, 7, 7]."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    nodes, inputs, outputs = [], [], []
+    for level, stride in enumerate(STRIDES[:4]):
+        names = [f"features_{level}", f"rois_{level}", f"batch_{level}"]
+        nodes.append(helper.make_node(
+            "RoiAlign", names, [f"out_{level}"], mode="avg", output_height=7, output_width=7, sampling_ratio=0,
+            spatial_scale=1 / stride, coordinate_transformation_mode="half_pixel",
+        ))  # fmt: skip
+        inputs.append(
+            helper.make_tensor_value_info(names[0], TensorProto.FLOAT, [1, features[level].shape[0], None, None])
+        )
+        inputs.append(helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [None, 4]))
+        inputs.append(helper.make_tensor_value_info(names[2], TensorProto.INT64, [None]))
+        outputs.append(helper.make_tensor_value_info(f"out_{level}", TensorProto.FLOAT, None))
+    graph = helper.make_graph(nodes, "roi_align", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 16)], ir_version=8)
+    onnx.checker.check_model(model)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+# ------------------------------------------------------------------ contests
+
+
+def roi_align_contestants(count):
+    """Return the contestants of RoIAlign: each pools `count` RoIs over the pyramid and returns [r, C, 7, 7]."""
+    import mmcv.ops
+    import torch
+    import torchvision
+
+    import postprocess
+
+    rng = np.random.default_rng(0)
+    features, rois = pyramid(rng), proposals_like(rng, count)[0]
+    levels = postprocess.assign_levels(rois, 4)
+    tensors = [torch.from_numpy(feature)[None] for feature in features]
+    session = onnx_roi_align(features)
+    here = [np.flatnonzero(levels == level) for level in range(4)]
+
+    def ours():
+        return postprocess.align_levels(features, rois, levels, STRIDES[:4], 7, 0, True)
+
+    def compiled(operator):
+        result = torch.empty(count, 256, 7, 7)
+        for level, indices in enumerate(here):
+            if len(indices):
+                boxes = torch.from_numpy(np.insert(rois[indices], 0, 0, axis=1))
+                result[torch.from_numpy(indices)] = operator(tensors[level], boxes, 1 / STRIDES[level])
+        return result.numpy()
+
+    def onnx_runtime():
+        feed = {f"features_{level}": feature[None] for level, feature in enumerate(features)}
+        feed.update({f"rois_{level}": rois[indices] for level, indices in enumerate(here)})
+        feed.update({f"batch_{level}": np.zeros(len(indices), np.int64) for level, indices in enumerate(here)})
+        result = np.empty((count, 256, 7, 7), np.float32)
+        for indices, part in zip(here, session.run(None, feed)):
+            result[indices] = part
+        return result
+
+    return {
+        "ours": ours,
+        "mmcv.ops.roi_align": lambda: compiled(lambda x, r, s: mmcv.ops.roi_align(x, r, (7, 7), s, 0, "avg", True)),
+        "torchvision.ops.roi_align": lambda: compiled(
+            lambda x, r, s: torchvision.ops.roi_align(x, r, (7, 7), s, 0, True)
+        ),
+        "ONNX Runtime RoiAlign": onnx_runtime,
+    }
+
+
+def nms_contestants(count):
+    """Return the contestants of NMS at IoU 0.7: each returns the kept indices."""
+    import mmcv.ops
+    import torch
+    import torchvision
+
+    import postprocess
+
+    boxes, scores = proposals_like(np.random.default_rng(0), count)
+    tensors = torch.from_numpy(boxes), torch.from_numpy(scores)
+    return {
+        "ours": lambda: postprocess.nms(boxes, scores, 0.7),
+        "mmcv.ops.nms": lambda: mmcv.ops.nms(*tensors, 0.7)[1].numpy(),
+        "torchvision.ops.nms": lambda: torchvision.ops.nms(*tensors, 0.7).numpy(),
+    }
+
+
+def rpn_contestants():
+    """Return the contestants of the RPN's end: maps of 240,000 anchors -> 1000 proposals [r, 4]."""
+    import cv2
+    import mmcv
+    import torch
+    from mmdet.models import build_head
+
+    import postprocess
+
+    rng = np.random.default_rng(0)
+    sizes = [(-(-IMAGE_SIZE[0] // s), -(-IMAGE_SIZE[1] // s)) for s in STRIDES]
+    cls = []
+    for height, width in sizes:  # smooth, as objectness is: the best anchors are neighbours
+        noise = cv2.GaussianBlur(rng.standard_normal((height, width, 3)), (0, 0), 2)
+        cls.append(np.ascontiguousarray((noise / noise.std() * 2 - 5).transpose(2, 0, 1), np.float32))
+    reg = [rng.normal(0, 0.2, (12, height, width)).astype(np.float32) for height, width in sizes]
+    test_cfg = {"nms_pre": 1000, "max_per_img": 1000, "min_bbox_size": 0, "nms": {"type": "nms", "iou_threshold": 0.7}}
+    head = build_head({
+        "type": "RPNHead", "in_channels": 1, "feat_channels": 1, "test_cfg": mmcv.ConfigDict(test_cfg),
+        "anchor_generator": {"type": "AnchorGenerator", "scales": [8], "ratios": [0.5, 1.0, 2.0], "strides": STRIDES},
+        "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [1.0] * 4},
+        "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True},
+    })  # fmt: skip
+    maps = [[torch.from_numpy(x)[None] for x in kind] for kind in (cls, reg)]
+    meta = [{"img_shape": (*IMAGE_SIZE, 3)}]
+    base = [postprocess.base_anchors(stride, [8], [0.5, 1.0, 2.0]) for stride in STRIDES]
+    settings = ([0.0] * 4, [1.0] * 4, 1000, 0.7, 1000, 0)
+    return {
+        "ours": lambda: postprocess.propose(cls, reg, base, STRIDES, IMAGE_SIZE, *settings)[0],
+        "mmdet RPNHead.get_bboxes": lambda: head.get_bboxes(*maps, img_metas=meta)[0][:, :4].numpy(),
+    }
+
+
+def head_contestants():
+    """Return the contestants of the head's end: 1000 RoIs, 80 classes -> 100 boxes."""
+    import mmcv
+    import torch
+    from mmdet.models import build_head
+
+    import postprocess
+
+    rng = np.random.default_rng(0)
+    rois = proposals_like(rng, 1000)[0]
+    cls = rng.normal(0, 1.5, (1000, 81)).astype(np.float32)
+    cls[:, 80] += 6  # most of what is proposed is background
+    reg = rng.normal(0, 0.5, (1000, 320)).astype(np.float32)
+    stds, scale = [0.1, 0.1, 0.2, 0.2], np.float32([2, 2, 2, 2])
+    coder = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": stds}
+    head = build_head({"type": "Shared2FCBBoxHead", "in_channels": 1, "fc_out_channels": 1, "bbox_coder": coder})
+    cfg = mmcv.ConfigDict(score_thr=0.05, nms={"type": "nms", "iou_threshold": 0.5}, max_per_img=100)
+    inputs = [torch.from_numpy(x) for x in (np.insert(rois, 0, 0, axis=1), cls, reg)]
+    settings = (IMAGE_SIZE, scale, [0.0] * 4, stds, False, 0.05, 0.5, 100)
+    return {
+        "ours": lambda: postprocess.detect(cls, reg, rois, *settings)[0],
+        "mmdet BBoxHead.get_bboxes": lambda: head.get_bboxes(*inputs, IMAGE_SIZE, scale, True, cfg)[0][:, :4].numpy(),
+    }
+
+
+def check_agreement(contestants, tolerance):
+    """Stop if the contestants do not compute the same."""
+    expected = contestants["ours"]()
+    for name, run in contestants.items():
+        np.testing.assert_allclose(run(), expected, atol=tolerance, err_msg=name)
+
+
+# ------------------------------------------------------------------ the whole detector
+
+
+def photograph():
+    """Return a real photograph, as large as it comes out of resizing: 800 x 1216."""
+    import cv2
+    import skimage.data
+
+    return cv2.resize(skimage.data.coffee()[..., ::-1], IMAGE_SIZE[::-1])
+
+
+def ours_whole(folder):
+    """Return our detector as a function of an image."""
+    from demo import FasterRCNN
+
+    return FasterRCNN(folder / "pair")
+
+
+def mmdetection_whole(folder):
+    """Return MMDetection's detector as a function of an image."""
+    import export
+
+    detector = export.load_detector(export.find_config(export.DEFAULT_CONFIG), folder / "seeded.pth")
+    return lambda image: export.reference_detections(detector, image)
+
+
+def torchvision_onnx_whole(folder):
+    """Return torchvision's whole-graph export in ONNX Runtime as a function of an image."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / "torchvision.onnx"), providers=["CPUExecutionProvider"])
+
+    def run(image):
+        blob = np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1), np.float32) / 255
+        return session.run(None, {"image": blob})
+
+    return run
+
+
+WHOLE = {
+    "ours": ours_whole,
+    "MMDetection inference_detector": mmdetection_whole,
+    "torchvision, one ONNX graph": torchvision_onnx_whole,
+}
+
+
+def prepare_whole(folder):
+    """Write the three detectors to a folder: one checkpoint, our export of it, torchvision's export."""
+    import torch
+    import torchvision
+    from conftest import write_seeded_checkpoint
+
+    import export
+
+    checkpoint = write_seeded_checkpoint(folder / "seeded.pth", photograph())
+    (folder / "pair").mkdir()
+    detector = export.load_detector(export.find_config(export.DEFAULT_CONFIG), checkpoint)
+    export.write_pair(detector, folder / "pair", {}, opset=13)
+    torch.manual_seed(0)
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
+    # of random weights no class is surer than the rest: let the head do its work all the same
+    model.roi_heads.score_thresh = 0.0
+    torch.onnx.export(
+        model, ([torch.rand(3, *IMAGE_SIZE)],), str(folder / "torchvision.onnx"), opset_version=17, dynamo=False,
+        input_names=["image"], dynamic_axes={"image": {1: "H", 2: "W"}},
+    )  # fmt: skip
+
+
+def peak_memory(name, folder):
+    """Return the peak resident MiB of a process that detects twice with one of the detectors."""
+    command = [sys.executable, __file__, "--measure-memory", name, str(folder)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_memory(name, folder):
+    """Detect twice and print the peak resident MiB of this process."""
+    image = np.ascontiguousarray(np.load(Path(folder) / "image.npy"))
+    run = WHOLE[name](Path(folder))
+    run(image)
+    run(image)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+def race_operators(results):
+    """Run the contests of single operators."""
+    contestants = roi_align_contestants(1000)
+    check_agreement(contestants, 1e-5)
+    report("RoIAlign: 1000 RoIs, 256 channels, four levels of 800 x 1216", race(contestants), results)
+    for count in (100, 1000, 5000):
+        contestants = nms_contestants(count)
+        check_agreement(contestants, 0)
+        report(f"NMS: {count} boxes", race(contestants, 15), results)
+    contestants = rpn_contestants()
+    check_agreement(contestants, 1e-3)
+    report("RPN's end: 240,000 anchors to 1000 proposals", race(contestants), results)
+    contestants = head_contestants()
+    check_agreement(contestants, 1e-3)
+    report("Head's end: 1000 RoIs, 80 classes to 100 detections", race(contestants), results)
+
+
+def race_whole(folder, results):
+    """Race the three detectors, time our stages, and measure each one's memory in a process of its own."""
+    from demo import Stopwatch
+
+    image = photograph()
+    np.save(folder / "image.npy", image)
+    detectors = {name: load(folder) for name, load in WHOLE.items()}
+    ours, reference = detectors["ours"](image), detectors["MMDetection inference_detector"](image)
+    np.testing.assert_allclose(np.sort(ours.scores), np.sort(reference.scores), atol=1e-4)
+    runs = {name: lambda detector=detector: detector(image) for name, detector in detectors.items()}
+    report("The whole detector: R50-FPN, 800 x 1216", race(runs, 5), results)
+
+    watch = Stopwatch()
+    for _ in range(5):
+        watch.start()
+        detectors["ours"](image, watch.record)
+    outside = sum(ms for stage, ms in watch.milliseconds.items() if not stage.startswith("model"))
+    part = outside / sum(watch.milliseconds.values())
+    print(f"\nOur stages: {watch.summary(5)}; outside the two networks {part:.1%}")
+    results["outside the two networks"] = part
+
+    memory = {name: peak_memory(name, folder) for name in WHOLE}
+    print("\nPeak memory of a process, MiB")
+    for name, peak in memory.items():
+        print(f"  {name:34} {peak:7.0f}   ours takes {memory['ours'] / peak:.2f} of it")
+    results["peak memory MiB"] = memory
+    return detectors["ours"]
+
+
+def growth(detector, results):
+    """Print how our time grows with the number of RoIs, of boxes and of pixels."""
+    import cv2
+
+    tables = {"RoIs": {}, "boxes in NMS": {}, "picture's shorter side": {}}
+    for count in (100, 300, 1000, 2000, 4000):
+        seconds = race({"ours": roi_align_contestants(count)["ours"]}, 3)
+        tables["RoIs"][count] = float(np.median(seconds["ours"]))
+    for count in (100, 300, 1000, 3000, 10000):
+        seconds = race({"ours": nms_contestants(count)["ours"]}, 3)
+        tables["boxes in NMS"][count] = float(np.median(seconds["ours"]))
+    for side in (320, 480, 640, 800, 1120, 1600):
+        detector.config["preprocess"]["scale"] = [side * 1.5, side]
+        image = cv2.resize(photograph(), (side * 3 // 2, side))
+        seconds = race({"ours": lambda image=image: detector(image)}, 2)
+        tables["picture's shorter side"][side] = float(np.median(seconds["ours"]))
+    for name, table in tables.items():
+        print(
+            f"\nGrowth with the number of {name}" if name != "picture's shorter side" else f"\nGrowth with the {name}"
+        )
+        print("  " + "   ".join(f"{count}: {seconds * 1e3:.1f} ms" for count, seconds in table.items()))
+    results["growth"] = tables
+
+
+def plot_growth(tables, path):
+    """Draw the growth as three plots."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    titles = ("RoIAlign: RoIs, 256 channels", "NMS: boxes", "whole detector: shorter side, pixels")
+    for axis, title, table in zip(axes, titles, tables.values()):
+        axis.loglog(list(table), [seconds * 1e3 for seconds in table.values()], "o-", color="#0072b2")
+        axis.set_xlabel(title)
+        axis.set_ylabel("milliseconds")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+def describe_machine():
+    """Return the processor, its cores and the versions that the figures hold for."""
+    import mmcv
+    import onnxruntime
+    import torch
+    import torchvision
+
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
+    versions.update({"torch": torch.__version__, "torchvision": torchvision.__version__, "mmcv": mmcv.__version__})
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "versions": versions}
+
+
+def main():
+    """Run every contest and print the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw the growth")
+    parser.add_argument("--measure-memory", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure_memory:
+        measure_memory(*args.measure_memory)
+        return
+    results = {"machine": describe_machine()}
+    print(json.dumps(results["machine"]))
+    race_operators(results)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_whole(Path(folder))
+        growth(race_whole(Path(folder), results), results)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+    if args.plot:
+        plot_growth(results["growth"], args.plot)
+
+
+if __name__ == "__main__":
+    main()

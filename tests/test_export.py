@@ -1,0 +1,326 @@
+"""export.py: what it writes, what it refuses, what it leaves alone."""
+
+import functools
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, SHAPES
+
+import demo
+import export
+
+PAIR = ("model1.onnx", "model2.onnx")
+
+
+def run_export(*arguments):
+    """Run export.py as a process."""
+    command = [sys.executable, str(ROOT / "export.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Return the arguments that export the bundled model into a folder that holds an older pair."""
+    for name in PAIR:
+        (tmp_path / name).write_text("the old one")
+    return [str(SHAPES / "config.py"), str(SHAPES / "shapes.pth"), "--out", str(tmp_path)]
+
+
+def assert_refused(capfd, tmp_path, arguments, *words, status=2):
+    """Run export.py's main; check its exit status, its one line, and that the older pair is untouched."""
+    assert export.main(arguments) == status
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("export.py: ")
+    for word in words:
+        assert word in line
+    assert [(tmp_path / name).read_text() for name in PAIR] == ["the old one"] * 2
+    assert not list(tmp_path.glob(".export*"))
+
+
+@pytest.mark.slow
+def test_bundled_files_are_what_export_makes(tmp_path):
+    result = run_export(SHAPES / "config.py", SHAPES / "shapes.pth", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    names = [f"{kind}_{level}" for kind in ("cls", "reg", "feat") for level in range(5)] + ["cls", "reg"]
+    assert [line.split()[0] for line in lines[:17]] == names
+    assert all(line.endswith("True") for line in lines[:18])
+    assert lines[17].startswith("detections: ")
+    for name in PAIR:
+        assert (tmp_path / name).read_bytes() == (SHAPES / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)
+
+
+def test_bundled_model_is_small_and_standard():
+    assert sum((SHAPES / name).stat().st_size for name in (*PAIR, "shapes.pth")) < 12e6
+    for name in PAIR:
+        model = onnx.load(str(SHAPES / name))
+        onnx.checker.check_model(model, full_check=True)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 13)]
+
+
+def test_tensors_of_the_two_files():
+    sessions = [onnxruntime.InferenceSession(str(SHAPES / name), providers=["CPUExecutionProvider"]) for name in PAIR]
+    inputs = [[(i.name, i.shape) for i in session.get_inputs()] for session in sessions]
+    assert inputs == [[("image", ["N", 3, "H", "W"])], [("roi_feats", ["B", 64, 7, 7])]]
+    outputs = [[(o.name, o.shape[1]) for o in session.get_outputs()] for session in sessions]
+    levels = range(5)
+    assert outputs[0] == [(f"{k}_{i}", c) for k, c in (("cls", 3), ("reg", 12), ("feat", 64)) for i in levels]
+    assert outputs[1] == [("cls", 7), ("reg", 24)]
+    cls, reg = sessions[1].run(None, {"roi_feats": np.zeros((0, 64, 7, 7), np.float32)})
+    assert (cls.shape, reg.shape) == ((0, 7), (0, 24))
+
+
+def test_metadata_is_the_config():
+    """The same values as config.py has, read from it as Python and not by export.py."""
+    config = {}
+    exec((SHAPES / "config.py").read_text(), config)
+    model, metadata = config["model"], demo.FasterRCNN(SHAPES).config
+    anchors, rpn, head = model["rpn_head"]["anchor_generator"], model["test_cfg"]["rpn"], model["roi_head"]["bbox_head"]
+    extractor, rcnn = model["roi_head"]["bbox_roi_extractor"], model["test_cfg"]["rcnn"]
+    assert metadata["classes"] == list(config["classes"])
+    assert metadata["preprocess"] == {
+        "scale": list(config["img_scale"]),
+        **config["img_norm_cfg"],
+        "pad_divisor": 32,
+    }
+    assert metadata["anchors"] == {
+        "strides": anchors["strides"],
+        "base_sizes": anchors["strides"],
+        "scales": anchors["scales"],
+        "ratios": anchors["ratios"],
+        "center_offset": 0.0,
+    }
+    assert metadata["rpn"] == {
+        "means": model["rpn_head"]["bbox_coder"]["target_means"],
+        "stds": model["rpn_head"]["bbox_coder"]["target_stds"],
+        "nms_pre": rpn["nms_pre"],
+        "iou_threshold": rpn["nms"]["iou_threshold"],
+        "max_per_img": rpn["max_per_img"],
+        "min_bbox_size": rpn["min_bbox_size"],
+    }
+    assert metadata["roi"] == {
+        "strides": extractor["featmap_strides"],
+        "output_size": extractor["roi_layer"]["output_size"],
+        "sampling_ratio": extractor["roi_layer"]["sampling_ratio"],
+        "aligned": True,
+        "finest_scale": extractor["finest_scale"],
+    }
+    assert metadata["rcnn"] == {
+        "means": head["bbox_coder"]["target_means"],
+        "stds": head["bbox_coder"]["target_stds"],
+        "class_agnostic": False,
+        "score_threshold": rcnn["score_thr"],
+        "iou_threshold": rcnn["nms"]["iou_threshold"],
+        "max_per_img": rcnn["max_per_img"],
+    }
+
+
+@pytest.mark.slow
+def test_another_opset(tmp_path):
+    assert (
+        export.main([str(SHAPES / "config.py"), str(SHAPES / "shapes.pth"), "--out", str(tmp_path), "--opset", "17"])
+        == 0
+    )
+    assert onnx.load(str(tmp_path / "model1.onnx")).opset_import[0].version == 17
+
+
+def break_weight(model1, name):
+    """Change one weight of model1 that only a few outputs depend on."""
+    model = onnx.load(str(model1))
+    initializer = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(name))
+    values = onnx.numpy_helper.to_array(initializer).copy()
+    values.flat[0] += 0.01
+    initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))
+    onnx.save(model, str(model1))
+
+
+def test_a_wrong_weight_is_found_and_nothing_is_replaced(tmp_path, shapes, monkeypatch, capfd):
+    write_pair = export.write_pair
+
+    def write_wrong_pair(detector, folder, *arguments):
+        write_pair(detector, folder, *arguments)
+        break_weight(folder / "model1.onnx", "rpn_reg.bias")
+
+    monkeypatch.setattr(export, "write_pair", write_wrong_pair)
+    assert export.main(shapes) == 1
+    out, err = capfd.readouterr()
+    lines = {line.split()[0]: line.split()[-1] for line in out.splitlines()[:17]}
+    assert {name for name, verdict in lines.items() if verdict == "False"} == {f"reg_{level}" for level in range(5)}
+    assert "differ" in err
+    assert [(tmp_path / name).read_text() for name in PAIR] == ["the old one"] * 2
+    assert not list(tmp_path.glob(".export*"))
+
+
+def test_wrong_detections_are_found(shapes_detector, drawn_pictures, capfd):
+    """The whole comparison fails where NMS of the export is another one, though all outputs are equal."""
+    pair = demo.FasterRCNN(SHAPES)
+    image = drawn_pictures[3][0]
+    assert export.verify_detections(shapes_detector, pair, image)
+    pair.config["rcnn"]["iou_threshold"] = 0.05
+    assert not export.verify_detections(shapes_detector, pair, image)
+    assert capfd.readouterr().out.splitlines()[-1].endswith("False")
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (functools.partial(open, self.path, "w"), ())
+
+
+def test_a_checkpoint_with_code_is_refused_and_not_run(tmp_path, shapes, capfd):
+    torch.save({"state_dict": {}, "meta": Payload(str(tmp_path / "ran"))}, tmp_path / "bad.pth")
+    shapes[1] = str(tmp_path / "bad.pth")
+    assert_refused(capfd, tmp_path, shapes, "bad.pth", "--trust-checkpoint")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_trusted_checkpoint_may_hold_more_than_tensors(tmp_path, shapes):
+    content = torch.load(SHAPES / "shapes.pth", weights_only=True)
+    content["meta"]["date"] = np.datetime64("2020-01-30")
+    torch.save(content, tmp_path / "more.pth")
+    shapes[1] = str(tmp_path / "more.pth")
+    assert export.main(shapes) == 2
+    assert export.main([*shapes, "--trust-checkpoint"]) == 0
+    assert demo.FasterRCNN(tmp_path).config["source"]["checkpoint"] == "more.pth"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", "truncated"])
+@pytest.mark.parametrize("trust", [[], ["--trust-checkpoint"]])
+def test_files_that_are_no_checkpoint(tmp_path, shapes, capfd, content, trust):
+    path = tmp_path / "bad.pth"
+    if content == "truncated":
+        content = (SHAPES / "shapes.pth").read_bytes()[:100000]
+    if content is not None:
+        path.write_bytes(content)
+    assert_refused(capfd, tmp_path, [shapes[0], str(path), *shapes[2:], *trust], "bad.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("rpn_head.rpn_cls.bias"), ["rpn_head.rpn_cls.bias is missing"]),
+        (lambda state: state.update(extra=torch.zeros(1)), ["extra is left over"]),
+        (lambda state: state.update({"rpn_head.rpn_cls.bias": torch.zeros(5)}), ["is [5] instead of [3]"]),
+        (lambda state: state.clear(), ["is missing;", "more"]),
+    ],
+)
+def test_weights_of_another_detector(tmp_path, shapes, capfd, change, words):
+    content = torch.load(SHAPES / "shapes.pth", weights_only=True)
+    change(content["state_dict"])
+    torch.save(content, tmp_path / "other.pth")
+    shapes[1] = str(tmp_path / "other.pth")
+    assert_refused(capfd, tmp_path, shapes, "does not fit", *words)
+
+
+def test_class_names_must_be_as_many_as_the_classes(tmp_path, shapes, capfd):
+    content = torch.load(SHAPES / "shapes.pth", weights_only=True)
+    content["meta"]["CLASSES"] = ["one", "two"]
+    torch.save(content, tmp_path / "other.pth")
+    shapes[1] = str(tmp_path / "other.pth")
+    assert_refused(capfd, tmp_path, shapes, "6 classes", "2 names")
+
+
+# ------------------------------------------------------------------ configs
+
+
+def test_configs_that_mmdetection_ships_are_found_by_name():
+    for name in ("faster_rcnn_r50_fpn_1x_coco", "faster_rcnn_r50_fpn_1x_coco.py"):
+        assert export.find_config(name).name == "faster_rcnn_r50_fpn_1x_coco.py"
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [("nowhere", "no config of this name"), ("mask_rcnn_r50_fpn_1x_coco", "model.type")],
+)
+def test_configs_that_cannot_be_exported(tmp_path, shapes, capfd, config, word):
+    assert_refused(capfd, tmp_path, [config, *shapes[1:]], config, word)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ('type="AnchorGenerator",', 'type="AnchorGenerator", scale_major=False,', "anchor_generator.scale_major"),
+        ('nms=dict(type="nms", iou_threshold=0.5)', 'nms=dict(type="soft_nms", iou_threshold=0.5)', "nms.type"),
+        ('dict(type="Resize", keep_ratio=True)', 'dict(type="Resize", keep_ratio=False)', "keep_ratio"),
+    ],
+)
+def test_parts_that_cannot_be_exported_are_named(tmp_path, shapes, capfd, old, new, word):
+    text = (SHAPES / "config.py").read_text()
+    assert old in text
+    (tmp_path / "config.py").write_text(text.replace(old, new))
+    assert_refused(capfd, tmp_path, [str(tmp_path / "config.py"), *shapes[1:]], word)
+
+
+def test_a_config_without_a_checkpoint():
+    result = run_export(SHAPES / "config.py")
+    assert result.returncode == 2
+    assert "CONFIG and CHECKPOINT go together" in result.stderr
+
+
+# ------------------------------------------------------------------ the download
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve a folder on loopback as the place of the default checkpoint; ckpt/ is an empty one."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "ckpt").mkdir()
+    monkeypatch.setattr(export, "HERE", tmp_path)
+    monkeypatch.setattr(export, "CHECKPOINT_URL", f"http://127.0.0.1:{server.server_port}/{export.DEFAULT_CHECKPOINT}")
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_default_checkpoint_is_downloaded_once(tmp_path, server, monkeypatch):
+    content = b"weights"
+    name = f"model-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(export, "DEFAULT_CHECKPOINT", name)
+    monkeypatch.setattr(export, "CHECKPOINT_URL", f"{export.CHECKPOINT_URL.rsplit('/', 1)[0]}/{name}")
+    (server / name).write_bytes(content)
+    path = export.fetch_default_checkpoint()
+    assert path.read_bytes() == content
+    assert path.parent == tmp_path / "ckpt"
+    (server / name).unlink()
+    assert export.fetch_default_checkpoint() == path
+
+
+@pytest.mark.parametrize("case", ["not found", "wrong hash", "no server"])
+def test_download_that_fails_says_what_to_put_where(tmp_path, server, monkeypatch, case):
+    if case == "wrong hash":
+        (server / export.DEFAULT_CHECKPOINT).write_bytes(b"something else")
+    if case == "no server":
+        monkeypatch.setattr(export, "CHECKPOINT_URL", "http://127.0.0.1:9/x.pth")
+    with pytest.raises(export.ExportError) as error:
+        export.fetch_default_checkpoint()
+    assert export.CHECKPOINT_URL in str(error.value)
+    assert str(tmp_path / "ckpt" / export.DEFAULT_CHECKPOINT) in str(error.value)
+    assert list((tmp_path / "ckpt").iterdir()) == []
+
+
+def test_metadata_of_both_files_is_the_same():
+    texts = [onnx.load(str(SHAPES / name)).metadata_props[0].value for name in PAIR]
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])["source"]["config"] == "config.py"
