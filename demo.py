@@ -72,10 +72,10 @@ class FasterRCNN:
         record("preprocess", blob=blob, image_size=image_size)
 
         maps = [m[0] for m in self.model1.run(None, {"image": blob})]
-        cls, reg, features = (maps[i : i + len(strides)] for i in range(0, len(maps), len(strides)))
-        record("model1", cls=cls, reg=reg, features=features)
+        rpn_cls, rpn_reg, features = (maps[i : i + len(strides)] for i in range(0, len(maps), len(strides)))
+        record("model1", rpn_cls=rpn_cls, rpn_reg=rpn_reg, features=features)
 
-        proposals, objectness = propose(cls, reg, self.base_anchors, strides, image_size, **config["rpn"])
+        proposals, objectness = propose(rpn_cls, rpn_reg, self.base_anchors, strides, image_size, **config["rpn"])
         record("propose", proposals=proposals, objectness=objectness)
 
         levels = assign_levels(proposals, len(roi["strides"]), roi["finest_scale"])
@@ -125,6 +125,9 @@ def read_metadata(path, session):
     found = {key: config.get(key) for key in ("format", "type")} if isinstance(config, dict) else config
     if found != {"format": FORMAT, "type": TYPE}:
         raise ModelError(f"{path} is {found}; this demo.py reads format {FORMAT}, type {TYPE!r}")
+    missing = {"pair", "classes", "preprocess", "anchors", "rpn", "roi", "rcnn"} - set(config)
+    if missing:
+        raise ModelError(f"{path}: its metadata 'detector' has no {', '.join(sorted(missing))}: export again")
     return config
 
 
@@ -142,8 +145,8 @@ def preprocess(image, scale, mean, std, to_rgb, pad_divisor):
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     if to_rgb:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    image = cv2.subtract(image.astype(np.float32), (*mean, 0))
-    image = cv2.multiply(image, (*(1 / np.float64(std)), 0))
+    image = cv2.subtract(image.astype(np.float32), np.float64(np.float32([mean])))
+    image = cv2.multiply(image, 1 / np.float64(np.float32([std])))
 
     padded = [-(-side // pad_divisor) * pad_divisor for side in image.shape[:2]]
     blob = np.zeros((1, 3, *padded), np.float32)
@@ -179,7 +182,7 @@ def find_pictures(paths):
         files += found
         if not found:
             problems.append(problem)
-    return list(dict.fromkeys(files)), problems
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], problems
 
 
 def colour_of(label):
@@ -212,7 +215,7 @@ def draw_label(image, box, text, colour):
     patch_width, patch_height = text_width + 4, text_height + baseline + 2
     x = int(np.clip(box[0], 0, max(width - patch_width, 0)))
     y = int(np.clip(box[1] - patch_height, 0, max(height - patch_height, 0)))
-    cv2.rectangle(image, (x, y), (x + patch_width, y + patch_height), colour, cv2.FILLED)
+    cv2.rectangle(image, (x, y), (x + patch_width - 1, y + patch_height - 1), colour, cv2.FILLED)
     bright = np.dot(colour, [0.114, 0.587, 0.299]) > 128
     ink = (0, 0, 0) if bright else (255, 255, 255)
     cv2.putText(image, text, (x + 2, y + text_height + 1), font, size, ink, thickness, cv2.LINE_AA)
@@ -233,10 +236,14 @@ def write_file(path, data):
 
 
 def as_coco(path, detections, classes):
-    """Return the detections as entries of COCO's result list; categories count from 1, as COCO's do."""
+    """Return the detections as entries of COCO's result list.
+
+    The file's stem is the image_id, as a number where it is one, as in COCO; categories count from 1.
+    """
+    stem = Path(path).stem
     return [
         {
-            "image_id": Path(path).stem,
+            "image_id": int(stem) if stem.isdecimal() else stem,
             "file_name": Path(path).name,
             "category_id": label + 1,
             "category": classes[label],
@@ -278,7 +285,7 @@ class Stopwatch:
 
 
 def free_name(path, taken):
-    """Return a file name for the annotated picture that no earlier picture of this run has."""
+    """Return a file name for the annotated picture that is not taken, and take it."""
     stem, number = Path(path).stem, 1
     name = f"{stem}.png"
     while name in taken:
@@ -290,7 +297,8 @@ def free_name(path, taken):
 
 def run(detector, files, out, score_threshold, show):
     """Detect in every file, write the annotated pictures and detections.json; return the number of failures."""
-    watch, entries, failures, taken = Stopwatch(), [], 0, set()
+    watch, entries, failures = Stopwatch(), [], 0
+    taken = {Path(path).name for path in files if Path(path).resolve().parent == out.resolve()}  # never an input
     for path in tqdm(files, unit="picture", disable=len(files) == 1):
         try:
             image = read_picture(path)
@@ -300,6 +308,9 @@ def run(detector, files, out, score_threshold, show):
             detections = Detections(*(field[confident] for field in detections))
             annotated, name = draw(image, detections, detector.classes), free_name(path, taken)
             write_file(out / name, cv2.imencode(".png", annotated)[1].tobytes())
+            if show:
+                cv2.imshow(name, annotated)
+                cv2.waitKey()
         except (OSError, ValueError, cv2.error) as error:
             failures += 1
             tqdm.write(f"demo.py: {path}: {first_line(error)}", file=sys.stderr)
@@ -308,9 +319,6 @@ def run(detector, files, out, score_threshold, show):
         if len(files) == 1:
             print(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, {len(detections.boxes)} detections")
             print_table(detections, detector.classes)
-        if show:
-            cv2.imshow(name, annotated)
-            cv2.waitKey()
     done = len(files) - failures
     if done:
         write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
@@ -364,12 +372,12 @@ def main(arguments=None):
         return 2
     try:
         detector = FasterRCNN(folder)
+        print(f"model: {folder} ({len(detector.classes)} classes)")
         Path(args.out).mkdir(parents=True, exist_ok=True)
+        failures = run(detector, files, Path(args.out), args.score_thr, args.show)
     except (ModelError, OSError) as error:
         print(f"demo.py: {first_line(error)}", file=sys.stderr)
         return 2
-    print(f"model: {folder} ({len(detector.classes)} classes)")
-    failures = run(detector, files, Path(args.out), args.score_thr, args.show)
     if failures == len(files):
         return 2
     return 1 if failures or problems else 0

@@ -10,8 +10,10 @@ A CONFIG is Python and is run.
 """
 
 import argparse
+import contextlib
 import hashlib
 import inspect
+import io
 import json
 import os
 import pickle
@@ -77,7 +79,7 @@ def find_config(name):
     if Path(name).is_file():
         return Path(name)
     shipped = Path(mmdet.__file__).parent / ".mim" / "configs"
-    found = sorted(shipped.rglob(f"{name[:-3] if name.endswith('.py') else name}.py"))
+    found = [path for path in sorted(shipped.rglob("*.py")) if name in (path.stem, path.name)]
     if not found:
         raise ExportError(f"{name}: no such file, and MMDetection ships no config of this name")
     return found[0]
@@ -114,8 +116,9 @@ def load_checkpoint(path, trust):
         ) from error
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise ExportError(f"{path} is not a checkpoint of PyTorch: {demo.first_line(error)}") from error
-    if not isinstance(checkpoint, dict):
-        raise ExportError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ExportError(f"{path} holds no state dict")
     return checkpoint
 
 
@@ -141,10 +144,12 @@ def load_weights(detector, checkpoint, path):
 
 def class_names(cfg, checkpoint, num_classes):
     """Return the names of the classes, from the checkpoint or else from the config's dataset."""
-    names = checkpoint.get("meta", {}).get("CLASSES") or cfg.data.test.get("classes")
-    if names is None:
-        names = DATASETS.get(cfg.data.test.type).CLASSES
-    names = [names] if isinstance(names, str) else list(names or [])
+    names = (checkpoint.get("meta") or {}).get("CLASSES") or cfg.data.test.get("classes")
+    if isinstance(
+        names, str
+    ):  # a file with a name a line, as MMDetection reads it; or, in a checkpoint, the only class
+        names = mmcv.list_from_file(names) if Path(names).is_file() else [names]
+    names = list(names or getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or [])
     if len(names) != num_classes:
         raise ExportError(f"the model has {num_classes} classes, but {len(names)} names: set data.test.classes")
     return names
@@ -152,14 +157,22 @@ def class_names(cfg, checkpoint, num_classes):
 
 def load_detector(config, checkpoint_path, trust=False):
     """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
-    cfg = mmcv.Config.fromfile(str(config))
+    try:
+        cfg = mmcv.Config.fromfile(str(config))
+    except Exception as error:  # a config is Python: anything can be wrong with it
+        raise ExportError(f"{config} cannot be read: {demo.first_line(error)}") from error
     if cfg.get("model", {}).get("type") != "FasterRCNN":
         raise ExportError(f"{config}: model.type is not FasterRCNN")
     cfg.model.pretrained = None
-    cfg.model.backbone.init_cfg = None
+    if "init_cfg" in cfg.model.backbone:
+        cfg.model.backbone.init_cfg = None
     cfg.model.train_cfg = None
-    detector = build_detector(cfg.model, test_cfg=cfg.get("test_cfg"))
+    try:
+        detector = build_detector(cfg.model, test_cfg=cfg.get("test_cfg"))
+    except Exception as error:
+        raise ExportError(f"{config}: MMDetection cannot build its model: {demo.first_line(error)}") from error
     check_supported(detector)
+    describe_preprocessing(cfg)  # refuses what does not fit before the work begins
     checkpoint = load_checkpoint(checkpoint_path, trust)
     load_weights(detector, checkpoint, checkpoint_path)
     detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes)
@@ -168,34 +181,71 @@ def load_detector(config, checkpoint_path, trust=False):
 
 
 def check_supported(detector):
-    """Refuse, by the name in the config, every part that demo.py would compute differently."""
-    rpn, roi, rpn_cfg, rcnn_cfg = detector.rpn_head, detector.roi_head, detector.test_cfg.rpn, detector.test_cfg.rcnn
-    anchors, extractor, head = rpn.prior_generator, roi.bbox_roi_extractor, roi.bbox_head
-    heads = ("BBoxHead", "ConvFCBBoxHead", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead")
-    parts = [
-        ("rpn_head.type", type(rpn).__name__, ("RPNHead",)),
-        ("rpn_head.loss_cls.use_sigmoid", rpn.use_sigmoid_cls, (True,)),
-        ("rpn_head.anchor_generator.type", type(anchors).__name__, ("AnchorGenerator",)),
-        ("rpn_head.anchor_generator.scale_major", anchors.scale_major, (True,)),
-        ("rpn_head.anchor_generator.centers", anchors.centers, (None,)),
-        ("roi_head.type", type(roi).__name__, ("StandardRoIHead",)),
-        ("roi_head.shared_head", roi.with_shared_head, (False,)),
-        ("roi_head.bbox_roi_extractor.type", type(extractor).__name__, ("SingleRoIExtractor",)),
-        ("roi_head.bbox_roi_extractor.roi_layer.type", type(extractor.roi_layers[0]).__name__, ("RoIAlign",)),
-        ("roi_head.bbox_roi_extractor.roi_layer.pool_mode", extractor.roi_layers[0].pool_mode, ("avg",)),
-        ("roi_head.bbox_head.type", type(head).__name__, heads),
-        ("roi_head.bbox_head.loss_cls", head.custom_cls_channels, (False,)),
-        ("test_cfg.rpn.nms.type", rpn_cfg.nms.get("type", "nms"), ("nms",)),
-        ("test_cfg.rcnn.nms.type", rcnn_cfg.nms.get("type", "nms"), ("nms",)),
+    """Refuse, by its name in the config, every part that demo.py would compute differently."""
+    bbox_heads = ("BBoxHead", "ConvFCBBoxHead", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead")
+    types = {
+        "rpn_head": ("RPNHead",),
+        "rpn_head.prior_generator": ("AnchorGenerator",),
+        "rpn_head.bbox_coder": ("DeltaXYWHBBoxCoder",),
+        "roi_head": ("StandardRoIHead",),
+        "roi_head.bbox_roi_extractor": ("SingleRoIExtractor",),
+        "roi_head.bbox_roi_extractor.roi_layers.0": ("RoIAlign",),
+        "roi_head.bbox_head": bbox_heads,
+        "roi_head.bbox_head.bbox_coder": ("DeltaXYWHBBoxCoder",),
+    }
+    for name, supported in types.items():
+        found = type(find_part(detector, name)).__name__
+        if found not in supported:
+            raise ExportError(f"model.{name} is a {found}, which cannot be exported; supported: {', '.join(supported)}")
+    values = {
+        "rpn_head.use_sigmoid_cls": True,
+        "rpn_head.prior_generator.scale_major": True,
+        "rpn_head.prior_generator.centers": None,
+        "rpn_head.bbox_coder.clip_border": True,
+        "rpn_head.bbox_coder.add_ctr_clamp": False,
+        "roi_head.with_shared_head": False,
+        "roi_head.with_mask": False,
+        "roi_head.bbox_roi_extractor.roi_layers.0.pool_mode": "avg",
+        "roi_head.bbox_head.custom_cls_channels": False,
+        "roi_head.bbox_head.bbox_coder.clip_border": True,
+        "roi_head.bbox_head.bbox_coder.add_ctr_clamp": False,
+    }
+    for name, supported in values.items():
+        found = find_part(detector, name)
+        if found != supported:
+            raise ExportError(f"model.{name} is {found!r}, which cannot be exported; supported: {supported!r}")
+    check_square(detector)
+    for name in ("rpn", "rcnn"):
+        check_test_cfg(name, detector.test_cfg[name])
+
+
+def find_part(detector, name):
+    """Return the attribute that a dotted name leads to, None where there is none; a number is a place in a list."""
+    part = detector
+    for key in name.split("."):
+        part = part[int(key)] if key.isdigit() else getattr(part, key, None)
+    return part
+
+
+def check_square(detector):
+    """Refuse strides and RoIAlign outputs whose width and height differ."""
+    pairs = {"rpn_head.anchor_generator.strides": detector.rpn_head.prior_generator.strides}
+    pairs["roi_head.bbox_roi_extractor.roi_layer.output_size"] = [
+        layer.output_size for layer in detector.roi_head.bbox_roi_extractor.roi_layers
     ]
-    parts += [
-        (f"{name}.{key}", getattr(coder, key), (value,))
-        for name, coder in (("rpn_head.bbox_coder", rpn.bbox_coder), ("roi_head.bbox_head.bbox_coder", head.bbox_coder))
-        for key, value in (("clip_border", True), ("add_ctr_clamp", False))
-    ]
-    for name, value, supported in parts:
-        if value not in supported:
-            raise ExportError(f"model.{name} is {value!r}, which cannot be exported; supported: {supported}")
+    for name, sizes in pairs.items():
+        if any(first != second for first, second in sizes):
+            raise ExportError(f"model.{name} is {sizes}, whose sides differ: this cannot be exported")
+
+
+def check_test_cfg(name, cfg):
+    """Refuse an NMS with options that demo.py does not know, and a limit that is none."""
+    options = {"type": "nms", "iou_threshold": cfg.nms.get("iou_threshold"), "split_thr": cfg.nms.get("split_thr")}
+    for option, value in cfg.nms.items():
+        if value is None or value != options.get(option):
+            raise ExportError(f"model.test_cfg.{name}.nms has {option}={value!r}, which cannot be exported")
+    if "iou_threshold" not in cfg.nms or cfg.max_per_img <= 0:
+        raise ExportError(f"model.test_cfg.{name} needs nms.iou_threshold, and a max_per_img above 0")
 
 
 def describe(detector, source):
@@ -244,13 +294,39 @@ def describe(detector, source):
 
 
 def describe_preprocessing(cfg):
-    """Return the test pipeline's resizing, normalisation and padding; refuse what is not plain."""
-    augmentation = next(step for step in cfg.data.test.pipeline if step.type == "MultiScaleFlipAug")
-    steps = {step.type: step for step in augmentation.transforms}
+    """Return the test pipeline's resizing, normalisation and padding; refuse any other step, option or order."""
+    load, augmentation = cfg.data.test.pipeline if len(cfg.data.test.pipeline) == 2 else ({}, {})
+    if load.get("type") not in ("LoadImageFromFile", "LoadImageFromWebcam") or load.get("to_float32"):
+        raise ExportError("data.test.pipeline is not LoadImageFromFile and MultiScaleFlipAug")
+    if augmentation.get("type") != "MultiScaleFlipAug" or augmentation.get("flip"):
+        raise ExportError("data.test.pipeline: its second step is not MultiScaleFlipAug with flip=False")
+    scale = augmentation.get("img_scale")
+    if isinstance(scale, list) and len(scale) == 1:
+        scale = scale[0]
+    if not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(side, int) for side in scale)):
+        raise ExportError(f"data.test.pipeline: img_scale is {scale!r}, not one (long side, short side)")
+
+    known = {
+        "Resize": {"keep_ratio"},
+        "RandomFlip": {"flip_ratio", "direction"},  # does nothing without flip=True above
+        "Normalize": {"mean", "std", "to_rgb"},
+        "Pad": {"size_divisor"},
+        "ImageToTensor": {"keys"},
+        "DefaultFormatBundle": set(),
+        "Collect": {"keys", "meta_keys"},
+    }
+    order = [step.type for step in augmentation.transforms]
+    for step in augmentation.transforms:
+        foreign = set(step) - {"type"} - known.get(step.type, set())
+        if step.type not in known or foreign:
+            raise ExportError(f"data.test.pipeline: {step.type}({', '.join(sorted(foreign))}) cannot be exported")
+    if order != [name for name in known if name in order] or not {"Resize", "Normalize"} <= set(order):
+        raise ExportError(f"data.test.pipeline: {order} is not MMDetection's order of resizing, normalising, padding")
+    steps = dict(zip(order, augmentation.transforms))
     if not steps["Resize"].get("keep_ratio", True):
         raise ExportError("data.test.pipeline: Resize with keep_ratio=False cannot be exported")
     return {
-        "scale": list(augmentation.img_scale),
+        "scale": list(scale),
         "mean": list(steps["Normalize"].mean),
         "std": list(steps["Normalize"].std),
         "to_rgb": steps["Normalize"].get("to_rgb", True),
@@ -274,17 +350,13 @@ def roi_features(detector, count):
 def to_onnx(module, example, path, inputs, outputs, opset):
     """Write a module as ONNX with standard operators; sizes are dynamic where `inputs` and `outputs` name them."""
     legacy = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    with torch.no_grad():
-        torch.onnx.export(
-            module,
-            (example,),
-            str(path),
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_axes={**inputs, **outputs},
-            **legacy,
-        )
+    names = {"input_names": list(inputs), "output_names": list(outputs), "dynamic_axes": {**inputs, **outputs}}
+    try:
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):  # on failure it prints the whole graph
+            torch.onnx.export(module, (example,), str(path), opset_version=opset, **names, **legacy)
+    except Exception as error:  # the exporter's own errors have no class in common
+        reason = demo.first_line(error)[:300]
+        raise ExportError(f"PyTorch cannot export this {type(module).__name__} at opset {opset}: {reason}") from error
     model = onnx.load(str(path))
     onnx.checker.check_model(model)
     foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
@@ -390,6 +462,8 @@ def verify_detections(detector, pair, image):
         f"detections: {len(ours.boxes)}, MMDetection: {len(reference.boxes)}, the same: {paired}, "
         f"largest difference {box_difference:.1e} px, {score_difference:.1e} in score  {equal}"
     )
+    if equal and paired == 0:
+        print("both found nothing: name a picture with --picture in which there is something to compare")
     return equal
 
 
@@ -402,7 +476,10 @@ def export(config, checkpoint, out, opset=13, trust=False, picture=HERE / "asset
         "sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         "versions": {module.__name__: module.__version__ for module in (mmdet, mmcv, torch, onnx)},
     }
-    image = demo.read_picture(picture)
+    try:
+        image = demo.read_picture(picture)
+    except ValueError as error:
+        raise ExportError(f"{picture}: {error}") from error
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
@@ -451,7 +528,7 @@ def main(arguments=None):
         config = find_config(args.config or DEFAULT_CONFIG)
         checkpoint = args.checkpoint or fetch_default_checkpoint()
         return 0 if export(config, checkpoint, args.out, args.opset, args.trust_checkpoint, args.picture) else 1
-    except (ExportError, demo.ModelError, OSError, ValueError) as error:
+    except (ExportError, demo.ModelError, OSError) as error:
         print(f"export.py: {demo.first_line(error)}", file=sys.stderr)
         return 2
 

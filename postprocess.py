@@ -81,7 +81,7 @@ def nms(boxes, scores, iou_threshold):
 
     A box goes when a better one that stays has an IoU with it above the threshold. Decided block by block:
     within a block one by one, best first; then the block's survivors clear the rest at once. Of equal
-    scores the first counts as the better. Faster R-CNN, section 3.1; R-CNN, section 2.2.
+    scores the first counts as the better. Faster R-CNN, section 3.3; R-CNN, section 2.2.
     """
     waiting = np.argsort(-scores, kind="stable")
     kept = [waiting[:0]]
@@ -135,8 +135,8 @@ def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_thres
     """Turn the RPN's maps into proposals: boxes [r, 4] and their scores [r], best first, r <= max_per_img.
 
     cls: a level's objectness logits [a, h, w] each; reg: its deltas [4 a, h, w]; base: its base anchors [a, 4].
-    Of each level the `nms_pre` best anchors are decoded; those not larger than `min_bbox_size` pixels on both
-    sides go (-1: none do); then NMS, level by level. Faster R-CNN, section 3.1; FPN, section 4.1.
+    Of each level the `nms_pre` best anchors are decoded (-1: all); a box stays if both its sides are longer than
+    `min_bbox_size` pixels (-1: all stay); then NMS, level by level. Faster R-CNN, sections 3.1 and 3.3; FPN, 4.1.
     """
     boxes, scores, levels = [], [], []
     for level, (logits, deltas) in enumerate(zip(cls, reg)):
@@ -158,9 +158,9 @@ def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_thres
 def assign_levels(rois, num_levels, finest_scale=56):
     """Return the level [r] of the pyramid that each RoI [r, 4] takes its features from.
 
-        level = floor(log2(sqrt(w h) / finest_scale)), within 0 .. num_levels - 1
+        level = floor(log2(sqrt(w h) / finest_scale + 1e-6)), within 0 .. num_levels - 1
     A RoI up to twice the finest scale reads the finest map; twice its size, one level up. FPN, section 4.2,
-    equation 1 (whose k_0 = 4 at 224 pixels is level 2 here).
+    equation 1 (whose k_0 = 4 at 224 pixels is level 2 here); the 1e-6 is MMDetection's, for RoIs without area.
     """
     area = np.maximum(rois[:, 2] - rois[:, 0], 0) * np.maximum(rois[:, 3] - rois[:, 1], 0)
     level = np.floor(np.log2(np.sqrt(area) / np.float32(finest_scale) + np.float32(1e-6)))
@@ -243,7 +243,7 @@ def detect(
     cls [r, classes + 1]: logits, the background last; reg [r, 4 classes], or [r, 4] if class_agnostic: the deltas
     of the RoIs [r, 4]. Every class of an RoI whose softmax score is above the threshold is decoded, clipped to
     image_size (height, width) and divided by scale_factor [4], which makes it pixels of the picture as it came
-    in; then NMS, class by class. Faster R-CNN, section 3.2; Fast R-CNN (1504.08083), section 2.3.
+    in; then NMS, class by class. Fast R-CNN (1504.08083), sections 2.1 and 3.
     """
     class_scores = softmax(cls)[:, :-1]
     roi, label = np.nonzero(class_scores > score_threshold)

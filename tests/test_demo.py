@@ -44,7 +44,7 @@ def picture(tmp_path):
 def test_preprocessing_is_bit_equal_to_mmdetection(photographs, scale):
     from mmdet.datasets.pipelines import Compose
 
-    norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": scale != (512, 384)}
+    norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 65.478, 57.375], "to_rgb": scale != (512, 384)}
     steps = [{"type": "Resize", "keep_ratio": True}, {"type": "RandomFlip"}, {"type": "Normalize", **norm}]
     steps += [{"type": "Pad", "size_divisor": 32}, {"type": "ImageToTensor", "keys": ["img"]}]
     steps += [{"type": "Collect", "keys": ["img"]}]
@@ -97,7 +97,7 @@ def test_bundled_picture_and_model(tmp_path):
     assert result.stderr == ""
     assert str(SHAPES) in result.stdout
     entries = json.loads((tmp_path / "detections.json").read_text())
-    image, boxes, labels = dataset.draw_picture(3000007)
+    image, boxes, labels = dataset.draw_picture(3000322)
     np.testing.assert_array_equal(cv2.imread(str(ROOT / "asset" / "shapes.png")), image)
     found = np.array([entry["bbox"] for entry in entries])
     found[:, 2:] += found[:, :2]
@@ -119,11 +119,12 @@ def test_bundled_picture_and_model(tmp_path):
 def test_detections_are_what_coco_reads(tmp_path):
     from pycocotools.coco import COCO
 
-    run_demo("--out", tmp_path, "--model", SHAPES)
+    (tmp_path / "000000000139.png").write_bytes((ROOT / "asset" / "shapes.png").read_bytes())
+    run_demo(tmp_path / "000000000139.png", "--out", tmp_path, "--model", SHAPES)
     entries = json.loads((tmp_path / "detections.json").read_text())
     assert set(entries[0]) == {"image_id", "file_name", "category_id", "category", "bbox", "score"}
     coco = COCO()
-    coco.dataset = {"images": [{"id": "shapes"}], "annotations": [], "categories": [{"id": i} for i in range(1, 7)]}
+    coco.dataset = {"images": [{"id": 139}], "annotations": [], "categories": [{"id": i} for i in range(1, 7)]}
     coco.createIndex()
     assert len(coco.loadRes(entries).anns) == len(entries) > 0
 
@@ -167,10 +168,31 @@ def test_nothing_but_a_bad_picture(tmp_path, content):
 
 def test_a_picture_without_objects(tmp_path):
     cv2.imwrite(str(tmp_path / "grey.png"), np.full((50, 900, 3), 127, np.uint8))
-    arguments = ("--out", tmp_path / "out", "--model", SHAPES, "--score-thr", "0.99")
-    result = run_demo(tmp_path / "grey.png", *arguments)
+    result = run_demo(tmp_path / "grey.png", "--out", tmp_path / "out", "--model", SHAPES)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
+
+
+def test_the_input_is_never_overwritten(tmp_path, picture):
+    before = picture.read_bytes()
+    result = run_demo(picture, tmp_path / "." / picture.name, "--out", tmp_path, "--model", SHAPES)
+    assert result.returncode == 0, result.stderr
+    assert picture.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["detections.json", "picture.png", "picture_2.png"]
+
+
+def test_no_proposals(tmp_path, picture):
+    """An RPN that proposes nothing: the head runs on nothing, and nothing is found."""
+
+    def propose_nothing(text, name):
+        config = json.loads(text)
+        config["rpn"]["min_bbox_size"] = 10000
+        return json.dumps(config)
+
+    model = copy_model(tmp_path / "model", propose_nothing)
+    result = run_demo(picture, "--out", tmp_path / "out", "--model", model)
+    assert result.returncode == 0, result.stderr
+    assert "0 detections" in result.stdout
 
 
 def copy_model(folder, change=None):
@@ -198,6 +220,10 @@ def change_json(**values):
         (lambda text, name: text[:-1], ["model1.onnx", "not JSON"]),
         (change_json(format=2), ["model1.onnx", "format"]),
         (change_json(type="yolo"), ["model1.onnx", "yolo"]),
+        (
+            lambda text, name: '{"format": 1, "type": "faster_rcnn", "pair": "x"}',
+            ["model1.onnx", "has no anchors, classes"],
+        ),
         (lambda text, name: change_json(pair=name)(text, name), ["different exports"]),
     ],
 )

@@ -126,6 +126,20 @@ def test_metadata_is_the_config():
     }
 
 
+def test_an_opset_that_there_is_not(tmp_path, shapes, capfd):
+    assert_refused(capfd, tmp_path, [*shapes, "--opset", "99"], "opset 99")
+
+
+def test_a_picture_that_is_none(tmp_path, shapes, capfd):
+    assert_refused(capfd, tmp_path, [*shapes, "--picture", __file__], __file__, "not a picture")
+
+
+def test_nothing_to_compare_is_said(shapes_detector, capfd):
+    pair = demo.FasterRCNN(SHAPES)
+    assert export.verify_detections(shapes_detector, pair, np.full((100, 200, 3), 90, np.uint8))
+    assert "--picture" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_another_opset(tmp_path):
     assert (
@@ -230,6 +244,13 @@ def test_weights_of_another_detector(tmp_path, shapes, capfd, change, words):
     assert_refused(capfd, tmp_path, shapes, "does not fit", *words)
 
 
+@pytest.mark.parametrize("content", [{1: 2}, {"state_dict": [1]}, [torch.zeros(1)]])
+def test_checkpoints_without_weights(tmp_path, shapes, capfd, content):
+    torch.save(content, tmp_path / "other.pth")
+    shapes[1] = str(tmp_path / "other.pth")
+    assert_refused(capfd, tmp_path, shapes, "holds no state dict")
+
+
 def test_class_names_must_be_as_many_as_the_classes(tmp_path, shapes, capfd):
     content = torch.load(SHAPES / "shapes.pth", weights_only=True)
     content["meta"]["CLASSES"] = ["one", "two"]
@@ -248,18 +269,49 @@ def test_configs_that_mmdetection_ships_are_found_by_name():
 
 @pytest.mark.parametrize(
     ("config", "word"),
-    [("nowhere", "no config of this name"), ("mask_rcnn_r50_fpn_1x_coco", "model.type")],
+    [
+        ("nowhere", "no config of this name"),
+        ("/nowhere/config.py", "no config of this name"),
+        ("mask_rcnn_r50_fpn_1x_coco", "model.type"),
+        ("ga_faster_r50_fpn_1x_coco", "GARPNHead"),
+        ("crpn_faster_rcnn_r50_caffe_fpn_1x_coco", "CascadeRPNHead"),
+        ("sabl_faster_rcnn_r50_fpn_1x_coco", "SABLHead"),
+        ("faster_rcnn_r50_fpn_dpool_1x_coco", "DeformRoIPoolPack"),
+        ("faster_rcnn_r50_caffe_c4_1x_coco", "with_shared_head"),
+    ],
 )
 def test_configs_that_cannot_be_exported(tmp_path, shapes, capfd, config, word):
-    assert_refused(capfd, tmp_path, [config, *shapes[1:]], config, word)
+    assert_refused(capfd, tmp_path, [config, *shapes[1:]], word)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
-        ('type="AnchorGenerator",', 'type="AnchorGenerator", scale_major=False,', "anchor_generator.scale_major"),
-        ('nms=dict(type="nms", iou_threshold=0.5)', 'nms=dict(type="soft_nms", iou_threshold=0.5)', "nms.type"),
+        ('type="AnchorGenerator",', 'type="AnchorGenerator", scale_major=False,', "prior_generator.scale_major"),
+        ('type="AnchorGenerator",', 'type="AnchorGenerator", centers=[(0, 0)] * 5,', "prior_generator.centers"),
+        ("strides=[4, 8, 16, 32, 64]", "strides=[(4, 8), 8, 16, 32, 64]", "anchor_generator.strides"),
+        ("use_sigmoid=True", "use_sigmoid=False", "use_sigmoid_cls"),
+        (
+            'type="DeltaXYWHBBoxCoder", target_means',
+            'type="DeltaXYWHBBoxCoder", clip_border=False, target_means',
+            "clip_border",
+        ),
+        ("output_size=7", "output_size=(7, 14)", "output_size"),
+        ('type="RoIAlign"', 'type="RoIAlign", pool_mode="max"', "pool_mode"),
+        ('type="RoIAlign", output_size=7, sampling_ratio=0', 'type="RoIPool", output_size=7', "RoIPool"),
+        ('type="SingleRoIExtractor"', 'type="GenericRoIExtractor"', "GenericRoIExtractor"),
+        ('nms=dict(type="nms", iou_threshold=0.5)', 'nms=dict(type="soft_nms", iou_threshold=0.5)', "soft_nms"),
+        ("iou_threshold=0.5)", "iou_threshold=0.5, class_agnostic=True)", "class_agnostic"),
+        ("nms_pre=1000, max_per_img=1000,", "nms_pre=1000, max_per_img=0,", "max_per_img"),
         ('dict(type="Resize", keep_ratio=True)', 'dict(type="Resize", keep_ratio=False)', "keep_ratio"),
+        ('dict(type="Resize", keep_ratio=True)', 'dict(type="Resize", backend="pillow")', "Resize(backend)"),
+        ("flip=False", "flip=True", "flip"),
+        ("img_scale=img_scale,\n        flip", "img_scale=[img_scale, (333, 200)],\n        flip", "img_scale"),
+        ("size_divisor=32", "size_divisor=32, pad_val=114", "pad_val"),
+        ('dict(type="Pad"', 'dict(type="CLAHE"', "CLAHE"),
+        ('type="FasterRCNN"', 'type="MaskRCNN"', "model.type"),
+        ("depth=18", "depth=19", "cannot build"),
+        ("norm_cfg = dict(", "norm_cfg = dict((", "cannot be read"),
     ],
 )
 def test_parts_that_cannot_be_exported_are_named(tmp_path, shapes, capfd, old, new, word):

@@ -145,7 +145,7 @@ def nms_by_scalars(boxes, scores, iou_threshold):
             shared = max(sides[0], 0) * max(sides[1], 0)
             areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (boxes[i], boxes[j])]
             union = sum(areas) - shared
-            if union > 0 and shared / union > iou_threshold:
+            if union > 0 and np.float32(shared) / np.float32(union) > np.float32(iou_threshold):
                 break
         else:
             kept.append(i)
@@ -159,7 +159,7 @@ def test_nms_equals_scalar_loops(seed, count, iou_threshold):
     boxes, scores = rng.integers(0, 12, (count, 4)), rng.integers(0, 9, count) / 8  # whole pixels: exact IoUs, ties
     boxes[:, 2:] += boxes[:, :2]
     found = nms(boxes.astype(np.float32), scores.astype(np.float32), iou_threshold)
-    assert found.tolist() == nms_by_scalars(boxes.tolist(), scores.tolist(), float(np.float32(iou_threshold)))
+    assert found.tolist() == nms_by_scalars(boxes.tolist(), scores.tolist(), iou_threshold)
 
 
 @pytest.mark.parametrize("count", [1, 2, NMS_BLOCK, NMS_BLOCK + 1, 1000, 5000])

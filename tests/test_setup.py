@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import sysconfig
 
 import pytest
 from conftest import ROOT
@@ -31,7 +32,8 @@ def test_requirement_txt_agrees_with_pyproject():
 
 
 def test_requirement_txt_is_what_is_installed():
-    installed = {normalise(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
+    site = sysconfig.get_path("purelib")
+    installed = {normalise(d.metadata["Name"]): d.version for d in importlib.metadata.distributions(path=[site])}
     pins = pinned()
     assert {name: version for name, version in installed.items() if pins.get(name) != version} == {}
 

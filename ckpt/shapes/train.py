@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--evaluate", action="store_true", help="do not train")
     args = parser.parse_args()
     cfg = read_config()
-    if not (HERE / "data").exists():
+    if not (HERE / "data" / "val.json").exists():
         dataset.main([])
     if not args.evaluate:
         train(cfg)
