@@ -95,12 +95,14 @@ class FasterRCNN:
 def load_pair(folder):
     """Return the sessions of model1.onnx and model2.onnx in a folder and the metadata they share."""
     sessions, configs = [], []
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # or each network would keep its peak of memory while the other one runs
     for name in ("model1.onnx", "model2.onnx"):
         path = Path(folder) / name
         if not path.is_file():
             raise ModelError(f"{path} is not there: export a model with export.py, or name its folder with --model")
         try:
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a class for each way to fail, below none of their own
             raise ModelError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
         sessions.append(session)

@@ -89,9 +89,9 @@ def nms(boxes, scores, iou_threshold):
         block, waiting = waiting[:NMS_BLOCK], waiting[NMS_BLOCK:]
         overlaps = pairwise_iou(boxes[block], boxes[block]) > iou_threshold
         stays = np.ones(len(block), bool)
-        for i, overlap in enumerate(overlaps):
+        for i in np.flatnonzero(overlaps.sum(axis=1) > 1):  # those that overlap more than themselves
             if stays[i]:
-                stays[i + 1 :] &= ~overlap[i + 1 :]
+                stays[i + 1 :] &= ~overlaps[i, i + 1 :]
         kept.append(block[stays])
         if len(waiting):
             waiting = waiting[~(pairwise_iou(boxes[kept[-1]], boxes[waiting]) > iou_threshold).any(axis=0)]
@@ -107,7 +107,8 @@ def batched_nms(boxes, scores, groups, iou_threshold):
     if len(boxes) == 0:
         return np.zeros(0, np.int64)
     moved = boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    by_group = np.argsort(groups, kind="stable")
+    members = np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1)
     kept = np.sort(np.concatenate([m[nms(moved[m], scores[m], iou_threshold)] for m in members]))
     return kept[np.argsort(-scores[kept], kind="stable")]
 
@@ -198,13 +199,14 @@ def interpolation_matrices(start, length, map_length, output_size, sampling_rati
     return matrices.astype(np.float32).reshape(len(used), output_size, k), first, stop
 
 
-def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=True):
+def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=True, out=None):
     """Return the features [r, C, s, s] of RoIs [r, 4] in one level's map [C, h, w], s = output_size.
 
     A bin of RoIAlign is a sum over rows and columns whose weights are products, so for a whole RoI it is
         W_y @ crop @ W_x^T,        W_y [s, rows], W_x [s, columns], crop [rows, columns] for each channel:
     two matrix products over all channels at once when the map is laid out with the channels last. `aligned`
-    puts the value of a cell at its centre, half a cell from its corner. Mask R-CNN, section 3, RoIAlign.
+    puts the value of a cell at its centre, half a cell from its corner. `out`, if given, is r arrays [C, s, s]
+    that are filled. Mask R-CNN, section 3, RoIAlign.
     """
     channels, height, width = features.shape
     cells = rois * np.float32(1 / stride) - np.float32(0.5 if aligned else 0)
@@ -215,23 +217,24 @@ def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=T
     weights_y, top, bottom = interpolation_matrices(start[:, 1], size[:, 1], height, output_size, sampling_ratio)
     features = np.ascontiguousarray(features.transpose(1, 2, 0))  # [h, w, C]
 
-    aligned_features = np.empty((len(rois), channels, output_size, output_size), np.float32)
-    for i in range(len(rois)):
+    if out is None:
+        out = np.empty((len(rois), channels, output_size, output_size), np.float32)
+    for i, bins in enumerate(out):
         crop = features[top[i] : bottom[i], left[i] : right[i]]
-        rows = weights_x[i, :, : crop.shape[1]] @ crop  # [rows, s, C]
-        bins = weights_y[i, :, : crop.shape[0]] @ rows.reshape(len(rows), -1)  # [s, s C]
-        aligned_features[i] = bins.reshape(output_size, output_size, channels).transpose(2, 0, 1)
-    return aligned_features
+        rows, columns, _ = crop.shape
+        halfway = weights_y[i, :, :rows] @ crop.reshape(rows, -1)  # [s, columns C]
+        halfway = weights_x[i, :, :columns] @ halfway.reshape(output_size, columns, channels)  # [s, s, C]
+        bins[...] = halfway.transpose(2, 0, 1)
+    return out
 
 
 def align_levels(features, rois, levels, strides, output_size, sampling_ratio, aligned):
     """Return the features [r, C, s, s] of RoIs [r, 4], each from the map of its level [r]. FPN, section 4.2."""
     aligned_features = np.empty((len(rois), features[0].shape[0], output_size, output_size), np.float32)
     for level in np.unique(levels):
-        here = levels == level
-        aligned_features[here] = roi_align(
-            features[level], rois[here], strides[level], output_size, sampling_ratio, aligned
-        )
+        here = np.flatnonzero(levels == level)
+        out = [aligned_features[i] for i in here]
+        roi_align(features[level], rois[here], strides[level], output_size, sampling_ratio, aligned, out)
     return aligned_features
 
 
