@@ -73,16 +73,26 @@ def write_seeded_checkpoint(path, photograph):
     with torch.no_grad():
         image = torch.from_numpy(demo.preprocess(photograph, **export.describe_preprocessing(cfg))[0])
         features = detector.extract_feat(image)
-        scale_layer(detector.rpn_head.rpn_cls, detector.rpn_head(features)[0], 2.0)
-        scale_layer(detector.rpn_head.rpn_reg, detector.rpn_head(features)[1], 0.3)
-        head = detector.roi_head.bbox_head
-        crops = [level[0, :, y : y + 7, x : x + 7] for level in features[:4] for y, x in np.ndindex(17, 17)]
-        rois = torch.stack([crop for crop in crops if crop.shape[1:] == (7, 7)])
-        scale_layer(head.fc_cls, head(rois)[:1], 2.0)
-        scale_layer(head.fc_reg, head(rois)[1:], 0.5)
+        rpn, head = detector.rpn_head, detector.roi_head.bbox_head
+        make_heads_discriminate(features, rpn, (rpn.rpn_cls, rpn.rpn_reg), head, (head.fc_cls, head.fc_reg))
     meta = {"CLASSES": export.DATASETS.get("CocoDataset").CLASSES}
     torch.save({"state_dict": detector.state_dict(), "meta": meta}, path)
     return path
+
+
+def make_heads_discriminate(features, rpn, rpn_layers, head, head_layers):
+    """Scale the last layers (scores, deltas) of an RPN and of a head so that their outputs vary.
+
+    features: the pyramid's maps of a picture; rpn and head return (scores, deltas) of maps and of [r, C, 7, 7].
+    """
+    import torch
+
+    for layer, outputs, deviation in zip(rpn_layers, rpn(features), (2.0, 0.3)):
+        scale_layer(layer, outputs, deviation)
+    crops = [level[0, :, y : y + 7, x : x + 7] for level in features[:4] for y, x in np.ndindex(17, 17)]
+    outputs = head(torch.stack([crop for crop in crops if crop.shape[1:] == (7, 7)]))
+    for layer, output, deviation in zip(head_layers, outputs, (2.0, 0.5)):
+        scale_layer(layer, [output], deviation)
 
 
 def scale_layer(layer, outputs, target):

@@ -1,6 +1,7 @@
 """postprocess.py, function by function, against MMDetection, ONNX Runtime's operators and scalar loops."""
 
 import math
+import tracemalloc
 
 import mmcv.ops
 import numpy as np
@@ -209,6 +210,16 @@ def test_batched_nms_equals_mmcv_index_for_index(count):
             {"type": "nms", "iou_threshold": 0.5},
         )
         np.testing.assert_array_equal(batched_nms(boxes, scores, groups, 0.5), expected.numpy())
+
+
+def test_nms_of_many_boxes_takes_little_memory():
+    rng = np.random.default_rng(0)
+    boxes, scores = random_boxes(rng, 10000, clusters=500), distinct_scores(rng, 10000)
+    tracemalloc.start()
+    nms(boxes, scores, 0.7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # all pairs at once would be 400e6 for each of the terms of an IoU
 
 
 def test_nms_of_nothing():
