@@ -133,15 +133,16 @@ def read_metadata(path, session):
     return config
 
 
-def preprocess(image, scale, mean, std, to_rgb, pad_divisor):
+def preprocess(image, scale, mean, std, to_rgb, pad_divisor, keep_ratio=True):
     """Resize, normalise and pad an image [h, w, 3] uint8 BGR as MMDetection's test pipeline does.
 
+    scale: the longest a long side and a short side may get; without keep_ratio, the width and height.
     Returns the blob [1, 3, H, W] float32, the size (height, width) of the picture in it (the rest of it, right
     and below, is zero), and the factors [4] by which x, y, x, y were multiplied.
     """
     height, width = image.shape[:2]
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    size = int(width * factor + 0.5), int(height * factor + 0.5)
+    size = (int(width * factor + 0.5), int(height * factor + 0.5)) if keep_ratio else tuple(scale)
     scale_factor = np.float32([size[0] / width, size[1] / height] * 2)
 
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)

@@ -98,19 +98,49 @@ def nms(boxes, scores, iou_threshold):
     return np.concatenate(kept)
 
 
-def batched_nms(boxes, scores, groups, iou_threshold):
-    """Return what `nms` keeps of boxes [n, 4] when only those of one group [n] (a class, a level) can meet.
+def soft_nms(boxes, scores, iou_threshold, min_score):
+    """Return the indices of the boxes [n, 4] that Soft-NMS keeps, best first, and their new scores.
 
-    Best score first. MMDetection moves every group to a place of its own and runs NMS once. We run it group
-    by group, but move the boxes all the same: that rounds their coordinates, and with them the IoUs.
+    Where NMS removes a box, Soft-NMS multiplies its score by 1 - IoU; below min_score, where no score is to
+    begin with, it goes all the same.
+    Soft-NMS (1704.04503), section 3, equation 1.
+    """
+    waiting, kept, kept_scores = np.arange(len(boxes)), [], []
+    while len(waiting):
+        best = scores.argmax()
+        kept.append(waiting[best])
+        kept_scores.append(scores[best])
+        overlaps = pairwise_iou(boxes[waiting[best], None], boxes[waiting])[0]
+        scores = scores * np.where(overlaps >= iou_threshold, 1 - overlaps, np.float32(1))
+        stays = scores >= min_score
+        stays[best] = False
+        waiting, scores = waiting[stays], scores[stays]
+    return np.array(kept, np.int64), np.array(kept_scores, np.float32)
+
+
+def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None):
+    """Return what NMS keeps of boxes [n, 4] when only those of one group [n] (a class, a level) can meet.
+
+    Indices and scores, best first; with `soft_min_score`, of Soft-NMS. MMDetection moves every group to a place
+    of its own and runs NMS once. We run it group by group, but move the boxes all the same: that rounds their
+    coordinates, and with them the IoUs.
     """
     if len(boxes) == 0:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), scores
     moved = boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
     by_group = np.argsort(groups, kind="stable")
-    members = np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1)
-    kept = np.sort(np.concatenate([m[nms(moved[m], scores[m], iou_threshold)] for m in members]))
-    return kept[np.argsort(-scores[kept], kind="stable")]
+    scores, kept = scores.copy(), []
+    for members in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
+        if soft_min_score is None:
+            stays = members[nms(moved[members], scores[members], iou_threshold)]
+        else:
+            stays, new_scores = soft_nms(moved[members], scores[members], iou_threshold, soft_min_score)
+            stays = members[stays]
+            scores[stays] = new_scores
+        kept.append(stays)
+    kept = np.sort(np.concatenate(kept))
+    kept = kept[np.argsort(-scores[kept], kind="stable")]
+    return kept, scores[kept]
 
 
 def top_k(scores, k):
@@ -132,16 +162,28 @@ def softmax(x):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def objectness(logits, num_anchors):
+    """Return the scores [h * w * a] of a level's anchors, in the order of grid_anchors.
+
+    logits: [a, h, w] for a sigmoid, or [2 a, h, w] for a softmax of object against background.
+    """
+    logits = logits.transpose(1, 2, 0)
+    if logits.shape[2] == num_anchors:
+        return sigmoid(logits.ravel())
+    return softmax(logits.reshape(-1, 2))[:, 0]
+
+
 def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_threshold, max_per_img, min_bbox_size):
     """Turn the RPN's maps into proposals: boxes [r, 4] and their scores [r], best first, r <= max_per_img.
 
-    cls: a level's objectness logits [a, h, w] each; reg: its deltas [4 a, h, w]; base: its base anchors [a, 4].
+    cls: a level's logits [a, h, w] each (or [2 a, h, w], see objectness); reg: its deltas [4 a, h, w]; base: its
+    base anchors [a, 4].
     Of each level the `nms_pre` best anchors are decoded (-1: all); a box stays if both its sides are longer than
     `min_bbox_size` pixels (-1: all stay); then NMS, level by level. Faster R-CNN, sections 3.1 and 3.3; FPN, 4.1.
     """
     boxes, scores, levels = [], [], []
     for level, (logits, deltas) in enumerate(zip(cls, reg)):
-        level_scores = sigmoid(logits.transpose(1, 2, 0).ravel())  # [h w a], the order of grid_anchors
+        level_scores = objectness(logits, len(base[level]))
         best = top_k(level_scores, nms_pre if nms_pre > 0 else len(level_scores))
         anchors = grid_anchors(base[level], logits.shape[1:], strides[level], best)
         level_deltas = deltas.transpose(1, 2, 0).reshape(-1, 4)[best]
@@ -152,8 +194,8 @@ def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_thres
     if min_bbox_size >= 0:
         large = (boxes[:, 2:] - boxes[:, :2] > min_bbox_size).all(axis=1)
         boxes, scores, levels = boxes[large], scores[large], levels[large]
-    kept = batched_nms(boxes, scores, levels, iou_threshold)[:max_per_img]
-    return boxes[kept], scores[kept]
+    kept, scores = batched_nms(boxes, scores, levels, iou_threshold)
+    return boxes[kept[:max_per_img]], scores[:max_per_img]
 
 
 def assign_levels(rois, num_levels, finest_scale=56):
@@ -239,19 +281,34 @@ def align_levels(features, rois, levels, strides, output_size, sampling_ratio, a
 
 
 def detect(
-    cls, reg, rois, image_size, scale_factor, means, stds, class_agnostic, score_threshold, iou_threshold, max_per_img
+    cls,
+    reg,
+    rois,
+    image_size,
+    scale_factor,
+    means,
+    stds,
+    class_agnostic,
+    score_threshold,
+    iou_threshold,
+    max_per_img,
+    nms_class_agnostic=False,
+    soft_min_score=None,
 ):
     """Turn the head's outputs into detections: boxes [d, 4], scores [d], labels [d], best first, d <= max_per_img.
 
     cls [r, classes + 1]: logits, the background last; reg [r, 4 classes], or [r, 4] if class_agnostic: the deltas
     of the RoIs [r, 4]. Every class of an RoI whose softmax score is above the threshold is decoded, clipped to
     image_size (height, width) and divided by scale_factor [4], which makes it pixels of the picture as it came
-    in; then NMS, class by class. Fast R-CNN (1504.08083), sections 2.1 and 3.
+    in; then NMS, class by class unless nms_class_agnostic; with soft_min_score, Soft-NMS. Fast R-CNN (1504.08083),
+    sections 2.1 and 3.
     """
     class_scores = softmax(cls)[:, :-1]
     roi, label = np.nonzero(class_scores > score_threshold)
     scores = class_scores[roi, label]
     deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if class_agnostic else label]
     boxes = decode_boxes(rois[roi], deltas, means, stds, image_size) / np.float32(scale_factor)
-    kept = batched_nms(boxes, scores, label, iou_threshold)[:max_per_img]
-    return boxes[kept], scores[kept], label[kept]
+    groups = np.zeros_like(label) if nms_class_agnostic else label
+    kept, scores = batched_nms(boxes, scores, groups, iou_threshold, soft_min_score)
+    kept = kept[:max_per_img]
+    return boxes[kept], scores[:max_per_img], label[kept]

@@ -80,17 +80,20 @@ def write_seeded_checkpoint(path, photograph):
     return path
 
 
-def make_heads_discriminate(features, rpn, rpn_layers, head, head_layers):
+def make_heads_discriminate(features, rpn, rpn_layers, head, head_layers, size=7):
     """Scale the last layers (scores, deltas) of an RPN and of a head so that their outputs vary.
 
-    features: the pyramid's maps of a picture; rpn and head return (scores, deltas) of maps and of [r, C, 7, 7].
+    features: the pyramid's maps of a picture; rpn and head return (scores, deltas) of maps and of [r, C, size, size].
     """
     import torch
 
     for layer, outputs, deviation in zip(rpn_layers, rpn(features), (2.0, 0.3)):
         scale_layer(layer, outputs, deviation)
-    crops = [level[0, :, y : y + 7, x : x + 7] for level in features[:4] for y, x in np.ndindex(17, 17)]
-    outputs = head(torch.stack([crop for crop in crops if crop.shape[1:] == (7, 7)]))
+    crops = []
+    for level in features[:4]:
+        tops, lefts = (np.linspace(0, max(side - size, 0), 12).astype(int) for side in level.shape[2:])
+        crops += [level[0, :, y : y + size, x : x + size] for y in tops for x in lefts]
+    outputs = head(torch.stack([crop for crop in crops if crop.shape[1:] == (size, size)]))
     for layer, output, deviation in zip(head_layers, outputs, (2.0, 0.5)):
         scale_layer(layer, [output], deviation)
 
