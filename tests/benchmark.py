@@ -408,7 +408,7 @@ def plot_growth(tables, path):
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     titles = ("RoIAlign: RoIs, 256 channels", "NMS: boxes", "whole detector: shorter side, pixels")
     for axis, title, table in zip(axes, titles, tables.values()):
-        axis.plot(list(table), [seconds * 1e3 for seconds in table.values()], "o-", color="#0072b2")
+        axis.plot([int(count) for count in table], [seconds * 1e3 for seconds in table.values()], "o-", color="#0072b2")
         axis.set_xlabel(title)
         axis.set_ylabel("milliseconds")
         axis.set_ylim(0)
