@@ -424,13 +424,13 @@ def largest_differences(module, session, inputs):
 
 def verify_outputs(detector, pair, image):
     """Print a line for every output of both networks; return whether all are True."""
-    small, _, _ = demo.preprocess(image, **pair.config["preprocess"])
+    blob, _, _ = demo.preprocess(image, **pair.config["preprocess"])
     divisor = pair.config["preprocess"]["pad_divisor"]
-    large = torch.from_numpy(small)
-    half = large[..., ::2, ::2].transpose(2, 3)  # another size, upright where the first one lies
+    whole = torch.from_numpy(blob)
+    half = whole[..., ::2, ::2].transpose(2, 3)  # another size, upright where the first one lies
     half = half[..., : half.shape[2] // divisor * divisor, : half.shape[3] // divisor * divisor]
     half = torch.cat([half, half.flip(3)]).contiguous()
-    rows = largest_differences(Model1(detector), pair.model1, [half, large])
+    rows = largest_differences(Model1(detector), pair.model1, [half, whole])
     rows += largest_differences(Model2(detector), pair.model2, [roi_features(detector, 7), roi_features(detector, 100)])
     for name, (shape, difference) in zip([*output_names(detector), "cls", "reg"], rows):
         print(f"{name:8} {shape!s:22} {difference:.1e}  {difference < OUTPUT_TOLERANCE}")

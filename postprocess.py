@@ -230,13 +230,14 @@ def interpolation_matrices(start, length, map_length, output_size, sampling_rati
     points = np.clip(points, 0, map_length - 1)
     low = points.astype(np.int64)
     high = np.minimum(low + 1, map_length - 1)
+    fraction = points - low.astype(np.float32)  # of the way from the low cell to the high one
     first = np.min(low, axis=(1, 2), where=used, initial=map_length - 1)
     stop = np.maximum(np.max(high, axis=(1, 2), where=used, initial=0), first) + 1
     k = (stop - first).max(initial=0)
 
     row = (np.arange(len(used) * output_size) * k).reshape(len(used), output_size, 1) - first[:, None, None]
     entries = np.stack([row + low, row + high])[:, used]  # where in the matrices the two weights of a point go
-    weights = (np.stack([1 - (points - low), points - low]) / count)[:, used]
+    weights = (np.stack([1 - fraction, fraction]) / count)[:, used]
     matrices = np.bincount(entries.ravel(), weights.ravel(), minlength=len(used) * output_size * k)
     return matrices.astype(np.float32).reshape(len(used), output_size, k), first, stop
 
