@@ -66,12 +66,14 @@ class FasterRCNN:
 
         `record`, if given, is called after each stage as record(stage, **arrays) with what it computed.
         """
-        config, strides, roi = self.config, self.config["anchors"]["strides"], self.config["roi"]
+        return self.detect_in(*preprocess(image, **self.config["preprocess"]), record)
 
-        blob, image_size, scale_factor = preprocess(image, **config["preprocess"])
+    def detect_in(self, blob, image_size, scale_factor, record=ignore):
+        """Return the Detections in what preprocess returned; another thread may preprocess the next picture."""
+        config, strides, roi = self.config, self.config["anchors"]["strides"], self.config["roi"]
         record("preprocess", blob=blob, image_size=image_size)
 
-        maps = [m[0] for m in self.model1.run(None, {"image": blob})]
+        maps = [m[0] for m in infer(self.model1, blob)]
         rpn_cls, rpn_reg, features = (maps[i : i + len(strides)] for i in range(0, len(maps), len(strides)))
         record("model1", rpn_cls=rpn_cls, rpn_reg=rpn_reg, features=features)
 
@@ -84,7 +86,7 @@ class FasterRCNN:
         )
         record("align", levels=levels, roi_feats=roi_feats)
 
-        cls, reg = self.model2.run(None, {"roi_feats": roi_feats})
+        cls, reg = infer(self.model2, roi_feats)
         record("model2", cls=cls, reg=reg)
 
         detections = Detections(*detect(cls, reg, proposals, image_size, scale_factor, **config["rcnn"]))
@@ -92,11 +94,18 @@ class FasterRCNN:
         return detections
 
 
+def default_model():
+    """Return the folder of the pair that export.py has written, else of the bundled one."""
+    exported = HERE / "ckpt"
+    return exported if (exported / "model1.onnx").exists() else exported / "shapes"
+
+
 def load_pair(folder):
     """Return the sessions of model1.onnx and model2.onnx in a folder and the metadata they share."""
     sessions, configs = [], []
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = False  # or each network would keep its peak of memory while the other one runs
+    options.log_severity_level = 4  # what goes wrong is raised; onnxruntime would print it as well
     for name in ("model1.onnx", "model2.onnx"):
         path = Path(folder) / name
         if not path.is_file():
@@ -113,6 +122,15 @@ def load_pair(folder):
         if session.get_inputs()[0].name != role:
             raise ModelError(f"model1.onnx and model2.onnx in {folder} are swapped: rename them, or export again")
     return (*sessions, configs[0])
+
+
+def infer(session, array):
+    """Return the outputs of a network for its one input."""
+    name = session.get_inputs()[0].name
+    try:
+        return session.run(None, {name: array})
+    except Exception as error:  # onnxruntime has a class for each way to fail, below none of their own
+        raise ModelError(f"onnxruntime fails with {name} {list(array.shape)}: {first_line(error)}") from error
 
 
 def read_metadata(path, session):
@@ -238,23 +256,28 @@ def write_file(path, data):
             raise
 
 
-def as_coco(path, detections, classes):
-    """Return the detections as entries of COCO's result list.
+def as_coco(detections, image_id, file_name, classes, category_ids):
+    """Return the detections in a picture as entries of COCO's result list.
 
-    The file's stem is the image_id, as a number where it is one, as in COCO; categories count from 1.
+    Not rounded: thousandths of a pixel move an average precision by 1e-4.
     """
-    stem = Path(path).stem
     return [
         {
-            "image_id": int(stem) if stem.isdecimal() else stem,
-            "file_name": Path(path).name,
-            "category_id": label + 1,
+            "image_id": image_id,
+            "file_name": file_name,
+            "category_id": category_ids[label],
             "category": classes[label],
-            "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
-            "score": round(score, 6),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
         }
         for (x1, y1, x2, y2), score, label in zip(*(field.tolist() for field in detections))
     ]
+
+
+def image_id_of(path):
+    """Return a file's stem, as a number where it is one, as COCO names its pictures."""
+    stem = Path(path).stem
+    return int(stem) if stem.isdecimal() else stem
 
 
 def print_table(detections, classes):
@@ -318,7 +341,8 @@ def run(detector, files, out, score_threshold, show):
             failures += 1
             tqdm.write(f"demo.py: {path}: {first_line(error)}", file=sys.stderr)
             continue
-        entries += as_coco(path, detections, detector.classes)
+        category_ids = range(1, len(detector.classes) + 1)
+        entries += as_coco(detections, image_id_of(path), Path(path).name, detector.classes, category_ids)
         if len(files) == 1:
             print(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, {len(detections.boxes)} detections")
             print_table(detections, detector.classes)
@@ -348,6 +372,8 @@ def read_arguments(arguments):
     parser.add_argument(
         "--model",
         metavar="DIR",
+        type=Path,
+        default=default_model(),
         help="folder of model1.onnx and model2.onnx "
         "(default: ckpt if it holds an export, else the bundled ckpt/shapes)",
     )
@@ -366,16 +392,14 @@ def read_arguments(arguments):
 def main(arguments=None):
     """Run the command line; return the exit status."""
     args = read_arguments(arguments)
-    exported = (HERE / "ckpt" / "model1.onnx").exists()
-    folder = Path(args.model) if args.model else HERE / "ckpt" if exported else HERE / "ckpt" / "shapes"
     files, problems = find_pictures(args.paths)
     for problem in problems:
         print(f"demo.py: {problem}", file=sys.stderr)
     if not files:
         return 2
     try:
-        detector = FasterRCNN(folder)
-        print(f"model: {folder} ({len(detector.classes)} classes)")
+        detector = FasterRCNN(args.model)
+        print(f"model: {args.model} ({len(detector.classes)} classes)")
         Path(args.out).mkdir(parents=True, exist_ok=True)
         failures = run(detector, files, Path(args.out), args.score_thr, args.show)
     except (ModelError, OSError) as error:

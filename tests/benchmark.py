@@ -275,13 +275,15 @@ WHOLE = {
 
 def prepare_whole(folder):
     """Write the three detectors to a folder: one checkpoint, our export of it, torchvision's export."""
+    import mmcv
+    import seeded
     import torch
     import torchvision
-    from conftest import make_heads_discriminate, write_seeded_checkpoint
 
     import export
 
-    checkpoint = write_seeded_checkpoint(folder / "seeded.pth", photograph())
+    cfg = mmcv.Config.fromfile(str(export.find_config(export.DEFAULT_CONFIG)))
+    checkpoint = seeded.write_checkpoint(cfg, folder / "seeded.pth", photograph())
     (folder / "pair").mkdir()
     detector = export.load_detector(export.find_config(export.DEFAULT_CONFIG), checkpoint)
     export.write_pair(detector, folder / "pair", {}, opset=13)
@@ -289,10 +291,16 @@ def prepare_whole(folder):
     model = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
     with torch.no_grad():
         picture = torch.from_numpy(np.ascontiguousarray(photograph()[..., ::-1].transpose(2, 0, 1), np.float32) / 255)
-        features = list(model.backbone(model.transform([picture])[0].tensors).values())
+        images = model.transform([picture])[0]
+        features = model.backbone(images.tensors)
         rpn, heads = model.rpn.head, model.roi_heads
-        make_heads_discriminate(
-            features, rpn, (rpn.cls_logits, rpn.bbox_pred), lambda rois: heads.box_predictor(heads.box_head(rois)),
+
+        def pool():
+            return heads.box_roi_pool(features, model.rpn(images, features)[0], images.image_sizes)
+
+        seeded.make_heads_discriminate(
+            list(features.values()), rpn, (rpn.cls_logits, rpn.bbox_pred),
+            pool, lambda rois: heads.box_predictor(heads.box_head(rois)),
             (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred),
         )  # fmt: skip
     torch.onnx.export(

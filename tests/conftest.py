@@ -1,7 +1,9 @@
 """What several tests share: real photographs, and detectors of MMDetection beside their export."""
 
 import logging
+import resource
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "ckpt" / "shapes")]
 logging.disable(logging.INFO)  # mmcv lists every initialised weight
 
 SHAPES = ROOT / "ckpt" / "shapes"
+TABLES = defaultdict(list)  # title -> rows of cells, printed when all tests are done
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the tables that the tests filled, and the peak of memory."""
+    for title, rows in TABLES.items():
+        terminalreporter.section(title)
+        widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
+        for row in rows:
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    if TABLES:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+        terminalreporter.write_line(f"peak memory of the tests: {peak:.1f} GiB")
 
 
 @pytest.fixture(scope="session")
@@ -48,64 +63,13 @@ def drawn_pictures():
 @pytest.fixture(scope="session")
 def coco_checkpoint(tmp_path_factory, photographs):
     """Return the path of a checkpoint of Faster R-CNN R50-FPN with seeded weights."""
-    return write_seeded_checkpoint(tmp_path_factory.mktemp("coco") / "seeded.pth", photographs["astronaut"])
-
-
-def write_seeded_checkpoint(path, photograph):
-    """Write a checkpoint of Faster R-CNN R50-FPN COCO with seeded random weights and return its path.
-
-    Random heads give every box the same score. So each head's last layer is scaled until its outputs in a
-    photograph vary as a trained detector's do: then top-k, NMS and thresholds have something to decide.
-    """
     import mmcv
-    import torch
-    from mmdet.models import build_detector
+    import seeded
 
-    import demo
     import export
 
     cfg = mmcv.Config.fromfile(str(export.find_config(export.DEFAULT_CONFIG)))
-    cfg.model.backbone.init_cfg = None
-    torch.manual_seed(0)
-    detector = build_detector(cfg.model)
-    detector.init_weights()
-    detector.eval()
-    with torch.no_grad():
-        image = torch.from_numpy(demo.preprocess(photograph, **export.describe_preprocessing(cfg))[0])
-        features = detector.extract_feat(image)
-        rpn, head = detector.rpn_head, detector.roi_head.bbox_head
-        make_heads_discriminate(features, rpn, (rpn.rpn_cls, rpn.rpn_reg), head, (head.fc_cls, head.fc_reg))
-    meta = {"CLASSES": export.DATASETS.get("CocoDataset").CLASSES}
-    torch.save({"state_dict": detector.state_dict(), "meta": meta}, path)
-    return path
-
-
-def make_heads_discriminate(features, rpn, rpn_layers, head, head_layers, size=7):
-    """Scale the last layers (scores, deltas) of an RPN and of a head so that their outputs vary.
-
-    features: the pyramid's maps of a picture; rpn and head return (scores, deltas) of maps and of [r, C, size, size].
-    """
-    import torch
-
-    for layer, outputs, deviation in zip(rpn_layers, rpn(features), (2.0, 0.3)):
-        scale_layer(layer, outputs, deviation)
-    crops = []
-    for level in features[:4]:
-        tops, lefts = (np.linspace(0, max(side - size, 0), 12).astype(int) for side in level.shape[2:])
-        crops += [level[0, :, y : y + size, x : x + size] for y in tops for x in lefts]
-    outputs = head(torch.stack([crop for crop in crops if crop.shape[1:] == (size, size)]))
-    for layer, output, deviation in zip(head_layers, outputs, (2.0, 0.5)):
-        scale_layer(layer, [output], deviation)
-
-
-def scale_layer(layer, outputs, target):
-    """Scale and shift a layer so that each channel of its outputs has mean 0 and, on average, a given deviation."""
-    import torch
-
-    channels = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], dim=1)
-    factor = target / channels.std(dim=1).mean()
-    layer.weight *= factor
-    layer.bias.copy_((layer.bias - channels.mean(dim=1)) * factor)
+    return seeded.write_checkpoint(cfg, tmp_path_factory.mktemp("coco") / "seeded.pth", photographs["astronaut"])
 
 
 @pytest.fixture(scope="session")

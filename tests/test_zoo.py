@@ -1,30 +1,50 @@
-"""Every knob that people turn in their configs, and every config that MMDetection ships for Faster R-CNN."""
+"""Every config that MMDetection ships for Faster R-CNN, every knob that people turn, and what is related to it.
 
+Weights are seeded, pictures small. What is compared with MMDetection is printed as three tables after the tests.
+"""
+
+import copy
+import time
 from pathlib import Path
 
 import mmcv
 import mmdet
 import numpy as np
 import pytest
-import torch
-from conftest import SHAPES, make_heads_discriminate
-from mmdet.models import build_detector
+import seeded
+from conftest import SHAPES, TABLES
 from test_equal import assert_equal_detections
 
 import demo
 import export
 
 SHIPPED = sorted((Path(mmdet.__file__).parent / ".mim" / "configs" / "faster_rcnn").glob("faster_rcnn_*.py"))
-RPN_NMS = {"type": "nms", "iou_threshold": 0.7}
+SCALE = {"data.test.pipeline.1.img_scale": (400, 240)}
 SOFT = {"type": "soft_nms", "iou_threshold": 0.5}
+RELATED = "What is related"
 RESIZE = "data.test.pipeline.1.transforms.0"
 
-KNOBS = {  # changes of ckpt/shapes/config.py, each alone
+THIN = {  # R50-FPN with a backbone and a pyramid of few channels
+    "model.backbone": {"depth": 18, "base_channels": 16},
+    "model.neck": {"in_channels": [16, 32, 64, 128], "out_channels": 64},
+    "model.rpn_head": {"in_channels": 64, "feat_channels": 64},
+    "model.roi_head.bbox_roi_extractor.out_channels": 64,
+    "model.roi_head.bbox_head": {"in_channels": 64, "fc_out_channels": 128},
+    **SCALE,
+}
+
+KNOBS = {  # changes of it, each alone
     "classes": {"model.roi_head.bbox_head.num_classes": 31, "data.test.classes": tuple(f"c{i}" for i in range(31))},
-    "one class": {"model.roi_head.bbox_head.num_classes": 1, "data.test.classes": ("shape",)},
+    "one class": {"model.roi_head.bbox_head.num_classes": 1, "data.test.classes": ("thing",)},
     "anchor scales": {"model.rpn_head.anchor_generator.scales": [3, 5.5]},
     "anchor ratios": {"model.rpn_head.anchor_generator.ratios": [0.4, 1.0, 1.7, 3.0]},
     "anchor base sizes": {"model.rpn_head.anchor_generator.base_sizes": [5, 9, 18, 35, 70]},
+    "strides": {
+        "model.neck.start_level": 1,
+        "model.neck.add_extra_convs": "on_output",
+        "model.rpn_head.anchor_generator.strides": [8, 16, 32, 64, 128],
+        "model.roi_head.bbox_roi_extractor.featmap_strides": [8, 16, 32, 64],
+    },
     "octave scales": {
         "model.rpn_head.anchor_generator.scales": None,
         "model.rpn_head.anchor_generator.octave_base_scale": 4,
@@ -54,7 +74,7 @@ KNOBS = {  # changes of ckpt/shapes/config.py, each alone
     "RPN's threshold": {"model.test_cfg.rpn.nms.iou_threshold": 0.5},
     "min_bbox_size": {"model.test_cfg.rpn.min_bbox_size": 20},
     "all boxes' sizes": {"model.test_cfg.rpn.min_bbox_size": -1},
-    "score threshold": {"model.test_cfg.rcnn.score_thr": 0.2},
+    "score threshold": {"model.test_cfg.rcnn.score_thr": 0.6, "model.test_cfg.rcnn.max_per_img": 1000},
     "head's threshold": {"model.test_cfg.rcnn.nms.iou_threshold": 0.3},
     "detections": {"model.test_cfg.rcnn.max_per_img": 30},
     "class-agnostic NMS": {"model.test_cfg.rcnn.nms.class_agnostic": True},
@@ -64,7 +84,7 @@ KNOBS = {  # changes of ckpt/shapes/config.py, each alone
         "model.test_cfg.rcnn.nms": {**SOFT, "min_score": 0.15},
         "model.test_cfg.rcnn.score_thr": 0.2,
     },
-    "picture's scale": {"data.test.pipeline.1.img_scale": (400, 250)},
+    "picture's scale": {"data.test.pipeline.1.img_scale": (300, 250)},
     "pad divisor": {"data.test.pipeline.1.transforms.3.size_divisor": 64},
     "keep_ratio": {f"{RESIZE}.keep_ratio": False},
     "BGR": {
@@ -75,91 +95,183 @@ KNOBS = {  # changes of ckpt/shapes/config.py, each alone
             "to_rgb": False,
         }
     },
-    "DC5": {
-        "model.backbone": {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2), "out_indices": (3,)},
-        "model.neck": None,
-        "model.rpn_head": {"in_channels": 128},
-        "model.rpn_head.anchor_generator": {"strides": [16], "scales": [1, 2, 4, 8]},
-        "model.roi_head.bbox_roi_extractor": {"out_channels": 128, "featmap_strides": [16]},
-        "model.roi_head.bbox_head.in_channels": 128,
+}  # fmt: skip
+
+FAMILIES = [  # Faster R-CNN elsewhere in MMDetection's configs
+    "cityscapes/faster_rcnn_r50_fpn_1x_cityscapes",
+    "dynamic_rcnn/dynamic_rcnn_r50_fpn_1x_coco",
+    "empirical_attention/faster_rcnn_r50_fpn_attention_1111_1x_coco",
+    "fpg/faster_rcnn_r50_fpg-chn128_crop640_50e_coco",
+    "gn+ws/faster_rcnn_r50_fpn_gn_ws-all_1x_coco",
+    "hrnet/faster_rcnn_hrnetv2p_w18_1x_coco",
+    "objects365/faster_rcnn_r50_fpn_16x4_1x_obj365v1",
+    "openimages/faster_rcnn_r50_fpn_32x2_1x_openimages",
+    "pafpn/faster_rcnn_r50_pafpn_1x_coco",
+    "pascal_voc/faster_rcnn_r50_fpn_1x_voc0712",
+    "pisa/pisa_faster_rcnn_r50_fpn_1x_coco",
+    "regnet/faster_rcnn_regnetx-3.2GF_fpn_1x_coco",
+    "res2net/faster_rcnn_r2_101_fpn_2x_coco",
+    "resnest/faster_rcnn_s50_fpn_syncbn-backbone+head_mstrain-range_1x_coco",
+    "resnet_strikes_back/faster_rcnn_r50_fpn_rsb-pretrain_1x_coco",
+    "scratch/faster_rcnn_r50_fpn_gn-all_scratch_6x_coco",
+]
+
+REFUSED = {  # configs elsewhere in MMDetection, and what their refusal names
+    "carafe/faster_rcnn_r50_fpn_carafe_1x_coco": "mmcv's operator CARAFE",
+    "cascade_rcnn/cascade_rcnn_r50_fpn_1x_coco": "model.type is CascadeRCNN",
+    "cascade_rpn/crpn_faster_rcnn_r50_caffe_fpn_1x_coco": "model.rpn_head is a CascadeRPNHead",
+    "dcn/faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco": "layer2.0.conv2 is mmcv's operator DeformConv2d",
+    "dcn/faster_rcnn_r50_fpn_dpool_1x_coco": "roi_layers.0 is a DeformRoIPoolPack",
+    "dcnv2/faster_rcnn_r50_fpn_mdconv_c3-c5_1x_coco": "layer2.0.conv2 is mmcv's operator ModulatedDeformConv2d",
+    "double_heads/dh_faster_rcnn_r50_fpn_1x_coco": "model.roi_head is a DoubleHeadRoIHead",
+    "groie/faster_rcnn_r50_fpn_groie_1x_coco": "bbox_roi_extractor is a GenericRoIExtractor",
+    "guided_anchoring/ga_faster_r50_fpn_1x_coco": "model.rpn_head is a GARPNHead",
+    "legacy_1.x/faster_rcnn_r50_fpn_1x_coco_v1": "model.rpn_head.prior_generator is a LegacyAnchorGenerator",
+    "mask_rcnn/mask_rcnn_r50_fpn_1x_coco": "model.type is MaskRCNN",
+    "retinanet/retinanet_r50_fpn_1x_coco": "model.type is RetinaNet",
+    "sabl/sabl_faster_rcnn_r50_fpn_1x_coco": "model.roi_head.bbox_head is a SABLHead",
+}  # fmt: skip
+
+CONTEXT_BLOCK = {
+    "cfg": {"type": "ContextBlock", "ratio": 1 / 4}, "stages": (False, True, True, True), "position": "after_conv2",
+}  # fmt: skip
+SWIN = {
+    "type": "SwinTransformer",
+    "embed_dims": 48,
+    "depths": [2, 2, 2, 2],
+    "num_heads": [3, 6, 12, 24],
+    "window_size": 7,
+}
+PVT = {"type": "PyramidVisionTransformer", "num_layers": [2, 2, 2, 2]}
+COMBINED = {  # parts that MMDetection ships with other detectors, in the R50-FPN config
+    "GCNet": {"model.backbone.plugins": [CONTEXT_BLOCK]},
+    "Swin Transformer": {
+        "model.backbone": {"_delete_": True, **SWIN},
+        "model.neck.in_channels": [48, 96, 192, 384],
     },
+}  # fmt: skip
+UNEXPORTABLE = {  # refused only when PyTorch or ONNX Runtime has tried: changes of a config, and what is named
+    "libra_rcnn/libra_faster_rcnn_r50_fpn_1x_coco": ({}, "adaptive pooling"),
+    "faster_rcnn/faster_rcnn_r50_fpn_1x_coco with NAS-FPN": (
+        {
+            "model.neck": {"type": "NASFPN", "stack_times": 2, "start_level": 1, "add_extra_convs": True},
+            "model.rpn_head.anchor_generator.strides": [8, 16, 32, 64, 128],
+            "model.roi_head.bbox_roi_extractor.featmap_strides": [8, 16, 32, 64],
+        },
+        "SumCell",
+    ),
+    "faster_rcnn/faster_rcnn_r50_fpn_1x_coco with PVT": (
+        {"model.backbone": {"_delete_": True, **PVT}, "model.neck.in_channels": [64, 128, 320, 512]},
+        "/backbone/layers.0.1.1/attn/attn/Reshape",
+    ),
 }  # fmt: skip
 
 
-def write_seeded(cfg, path, image):
-    """Write a checkpoint of a config's detector with seeded weights whose heads discriminate in an image."""
-    torch.manual_seed(0)
-    for part in (cfg.model.backbone, cfg.model.roi_head.get("shared_head") or {}):
-        if "init_cfg" in part:
-            part.init_cfg = None
-    cfg.model.pretrained = None
-    detector = build_detector(cfg.model)
-    detector.init_weights()
-    detector.eval()
-    rpn, roi_head = detector.rpn_head, detector.roi_head
-    head = export.Model2(detector)
-    with torch.no_grad():
-        blob = demo.preprocess(image, **export.describe_preprocessing(cfg))[0]
-        features = detector.extract_feat(torch.from_numpy(blob))
-        size = roi_head.bbox_roi_extractor.roi_layers[0].output_size[0]
-        layers = (roi_head.bbox_head.fc_cls, roi_head.bbox_head.fc_reg)
-        make_heads_discriminate(features, rpn, (rpn.rpn_cls, rpn.rpn_reg), head, layers, size)
-    names = [f"class {i}" for i in range(roi_head.bbox_head.num_classes)]
-    torch.save({"state_dict": detector.state_dict(), "meta": {"CLASSES": names}}, path)
+def export_and_compare(config, folder, image, capsys):
+    """Export a config with seeded weights; check every output, and the whole pipeline in an image.
 
-
-def export_and_compare(config, folder, image):
-    """Export a config with seeded weights; check all outputs and the whole pipeline; return the detections."""
+    Returns the detections, the number of proposals on each level, and the cells of a table.
+    """
+    start = time.perf_counter()
     cfg = mmcv.Config.fromfile(str(config))
-    write_seeded(cfg, folder / "seeded.pth", image)
+    seeded.write_checkpoint(cfg, folder / "seeded.pth", image)
     detector = export.load_detector(config, folder / "seeded.pth")
     export.write_pair(detector, folder, {}, opset=13)
-    pair = demo.FasterRCNN(folder)
-    assert export.verify_outputs(detector, pair, image)
-    ours = pair(image)
+    pair, stages = demo.FasterRCNN(folder), {}
+    ours = pair(image, lambda stage, **arrays: stages.update(arrays))
+    capsys.readouterr()
+    assert export.verify_outputs(detector, pair, stages["blob"], stages["roi_feats"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * len(pair.config["anchors"]["strides"]) + 2
+    assert all(line.endswith("True") for line in lines)
     assert_equal_detections(ours, export.reference_detections(detector, image))
-    return ours
+    levels = np.bincount(stages["levels"], minlength=len(pair.config["roi"]["strides"]))
+    return ours, levels, [
+        f"{len(lines)} x True",
+        f"{max(float(line.split()[-2]) for line in lines):.1e}",
+        f"{len(ours.boxes)} of {len(set(ours.labels))} classes",
+        "/".join(map(str, levels)),
+        f"{time.perf_counter() - start:.0f} s",
+    ]  # fmt: skip
+
+
+def write_config(name, changes, path):
+    """Write one of MMDetection's configs, changed and for small pictures, to a file."""
+    cfg = mmcv.Config.fromfile(str(export.find_config(name)))
+    cfg.merge_from_dict(copy.deepcopy({**SCALE, **changes}))  # it writes into what it is given
+    cfg.dump(str(path))
+
+
+@pytest.fixture
+def compare(tmp_path, photographs, capsys):
+    """Return a function that exports a changed config, compares it with MMDetection and adds a row to a table."""
+
+    def run(table, row, name, changes):
+        write_config(name, changes, tmp_path / "config.py")
+        num_classes = mmcv.Config.fromfile(str(tmp_path / "config.py")).model.roi_head.bbox_head.num_classes
+        # not the astronaut: in its flat black corner anchors tie to the bit, and PyTorch's sort gives ties no order
+        found, levels, cells = export_and_compare(tmp_path / "config.py", tmp_path, photographs["coffee"], capsys)
+        TABLES[table].append([row, *cells])
+        for file in tmp_path.glob("*.*"):
+            file.unlink()  # up to 800 MB
+        assert len(found.boxes) >= 20
+        assert len(set(found.labels)) >= min(num_classes, 3)
+        assert len(levels) == 1 or np.count_nonzero(levels) > 1
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED])
+def test_a_shipped_config(compare, name):
+    compare("The configs that MMDetection ships", name, name, {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("knob", KNOBS)
-def test_a_knob(tmp_path, photographs, knob):
-    cfg = mmcv.Config.fromfile(str(SHAPES / "config.py"))
-    cfg.merge_from_dict({"data.test.classes": None, "model.test_cfg.rcnn.max_per_img": 300, **KNOBS[knob]})
-    cfg.dump(str(tmp_path / "config.py"))
-    # not the astronaut: in its flat black corner anchors tie to the bit, and PyTorch's sort gives ties no order
-    found = export_and_compare(tmp_path / "config.py", tmp_path, photographs["coffee"])
-    assert len(found.boxes) >= 20
-    assert len(set(found.labels)) >= (1 if knob == "one class" else 2)
-
-
-def thin(cfg):
-    """Make a shipped config fast: 50 layers instead of 101, and small pictures."""
-    cfg.model.backbone.depth = 50
-    cfg.data.test.pipeline[1].img_scale = (400, 240)
-    return cfg
+def test_a_knob(compare, knob):
+    compare("The knobs of R50-FPN, with a thin backbone", knob, export.DEFAULT_CONFIG, {**THIN, **KNOBS[knob]})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["r50_caffe_c4_1x", "r50_caffe_dc5_1x", "r50_fpn_soft_nms_1x", "x101_32x4d_fpn_1x"])
-def test_a_shipped_config_of_each_kind(tmp_path, photographs, name):
-    cfg = thin(mmcv.Config.fromfile(str(export.find_config(f"faster_rcnn_{name}_coco"))))
-    cfg.dump(str(tmp_path / "config.py"))
-    found = export_and_compare(tmp_path / "config.py", tmp_path, photographs["coffee"])
-    assert len(found.boxes) >= 20
-    assert len(set(found.labels)) >= 3
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family(compare, name):
+    compare(RELATED, name, name.split("/")[1], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMBINED)
+def test_parts_of_other_detectors(compare, name):
+    compare(RELATED, f"R50-FPN with {name}", export.DEFAULT_CONFIG, COMBINED[name])
+
+
+def refusal(capsys, tmp_path, config, checkpoint):
+    """Run export.py, which must refuse in one line and write nothing; return the line."""
+    assert export.main([str(config), str(checkpoint), "--out", str(tmp_path / "out")]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*")) + list((tmp_path / "out").glob(".*"))
+    return output.err.strip()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(tmp_path, capsys, name):
+    line = refusal(capsys, tmp_path, name.split("/")[1], SHAPES / "shapes.pth")
+    TABLES[RELATED].append([name, f"refused: {REFUSED[name]}"])
+    assert REFUSED[name] in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNEXPORTABLE)
+def test_what_cannot_be_exported(tmp_path, photographs, capsys, name):
+    changes, word = UNEXPORTABLE[name]
+    write_config(name.split("/")[1].split()[0], changes, tmp_path / "config.py")
+    cfg = mmcv.Config.fromfile(str(tmp_path / "config.py"))
+    seeded.write_checkpoint(cfg, tmp_path / "seeded.pth", photographs["coffee"])
+    line = refusal(capsys, tmp_path, tmp_path / "config.py", tmp_path / "seeded.pth")
+    TABLES[RELATED].append([name, f"refused: {word}"])
+    assert word in line
 
 
 def test_mmdetection_ships_36_configs():
     assert len(SHIPPED) == 36
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem[12:])
-def test_no_shipped_config_is_refused(path):
-    cfg = thin(mmcv.Config.fromfile(str(path)))
-    cfg.model.train_cfg = None
-    detector = build_detector(cfg.model)
-    export.check_supported(detector)
-    preprocessing = export.describe_preprocessing(cfg)
-    image = np.full((100, 200, 3), 128, np.uint8)
-    assert demo.preprocess(image, **preprocessing)[0].shape[1] == 3

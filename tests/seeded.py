@@ -1,0 +1,99 @@
+"""Detectors with seeded random weights that behave like trained ones, for tests and benchmark.
+
+Plain random weights would test little: activations explode or vanish on their way through the layers, residual
+branches are switched off (their last normalisation starts at zero), and the heads give every box the same score.
+"""
+
+import torch
+from mmdet.core import bbox2roi
+from mmdet.models import build_detector
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
+
+import demo
+import export
+
+
+def write_checkpoint(cfg, path, image):
+    """Write a checkpoint of a config's detector, seeded such that it discriminates in an image; return its path."""
+    for part in (cfg.model.backbone, cfg.model.roi_head.get("shared_head") or {}):
+        if "init_cfg" in part:
+            part.init_cfg = None
+    cfg.model.pretrained = None
+    torch.manual_seed(0)
+    detector = build_detector(cfg.model)
+    detector.init_weights()
+    detector.eval()
+    with torch.no_grad():
+        for module in detector.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.norm2 if isinstance(module, BasicBlock) else module.norm3
+                last.weight.fill_(0.2)
+        blob, image_size, _ = demo.preprocess(image, **export.describe_preprocessing(cfg))
+        prepare(detector, torch.from_numpy(blob), image_size)
+    num_classes = detector.roi_head.bbox_head.num_classes
+    classes = getattr(export.DATASETS.get(cfg.data.test.type), "CLASSES", None) or ()
+    if len(classes) != num_classes:
+        classes = [f"class {i}" for i in range(num_classes)]
+    torch.save({"state_dict": detector.state_dict(), "meta": {"CLASSES": classes}}, path)
+    return path
+
+
+def prepare(detector, blob, image_size):
+    """Normalise each layer of a detector and scale its heads, by what a picture [1, 3, H, W] gives."""
+    parts = list(detector.modules())
+    norms = [part for part in parts if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d)]
+    normalising = [norm.register_forward_pre_hook(normalise) for norm in norms]
+    scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions]
+    features = detector.extract_feat(blob)
+    for hook in scaling:
+        hook.remove()
+    rpn, roi_head, head = detector.rpn_head, detector.roi_head, export.Model2(detector)
+
+    def pool():
+        metas = [{"img_shape": (*image_size, 3)}]
+        proposals = rpn.get_bboxes(*rpn(features), img_metas=metas, cfg=detector.test_cfg.rpn)
+        extractor = roi_head.bbox_roi_extractor
+        roi_feats = extractor(features[: extractor.num_inputs], bbox2roi([proposals[0][:100]]))
+        head(roi_feats)  # normalises its layers
+        return roi_feats
+
+    layers = (roi_head.bbox_head.fc_cls, roi_head.bbox_head.fc_reg)
+    make_heads_discriminate(features, rpn, (rpn.rpn_cls, rpn.rpn_reg), pool, head, layers)
+    for hook in normalising:
+        hook.remove()
+
+
+def normalise(batch_norm, inputs):
+    """Set the statistics of a batch normalisation to those of its input [N, C, ...]."""
+    channels = inputs[0].transpose(0, 1).flatten(1)
+    if channels.shape[1] > 1:
+        batch_norm.running_mean.copy_(channels.mean(dim=1))
+        batch_norm.running_var.copy_(channels.var(dim=1))
+
+
+def scale_to_unit(convolution, inputs, output):
+    """Scale a convolution of maps, and its output with it, so that the output has a deviation of 1."""
+    factor = 1 / output.std() if output[0, 0].numel() > 1 else 1
+    for parameter in convolution.parameters():
+        parameter *= factor
+    return output * factor
+
+
+def make_heads_discriminate(features, rpn, rpn_layers, pool, head, head_layers):
+    """Scale the last layers (scores, deltas) of an RPN and of a head until their outputs vary as trained ones do.
+
+    Then top-k, NMS and thresholds have something to decide. rpn(features) and head(pool()) return scores and deltas.
+    """
+    for layer, outputs, deviation in zip(rpn_layers, rpn(features), (1.0, 0.3)):
+        scale_layer(layer, outputs, deviation)
+    for layer, output, deviation in zip(head_layers, head(pool()), (2.0, 0.5)):
+        scale_layer(layer, [output], deviation)
+
+
+def scale_layer(layer, outputs, target):
+    """Scale and shift a layer so that each channel of its outputs [N, C, ...] has mean 0 and a given deviation."""
+    channels = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], dim=1)
+    factor = target / channels.std(dim=1)
+    layer.weight *= factor.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    layer.bias.copy_((layer.bias - channels.mean(dim=1)) * factor)
