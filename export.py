@@ -32,6 +32,7 @@ import mmdet  # noqa: E402
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import torch  # noqa: E402
+from mmcv.cnn.utils import revert_sync_batchnorm  # noqa: E402
 from mmdet.apis import inference_detector  # noqa: E402
 from mmdet.datasets import DATASETS  # noqa: E402
 from mmdet.models import build_detector  # noqa: E402
@@ -174,7 +175,7 @@ def load_detector(config, checkpoint_path, trust=False):
         cfg.model.backbone.init_cfg = None
     cfg.model.train_cfg = None
     try:
-        detector = build_detector(cfg.model, test_cfg=cfg.get("test_cfg"))
+        detector = revert_sync_batchnorm(build_detector(cfg.model, test_cfg=cfg.get("test_cfg")))
     except Exception as error:
         raise ExportError(f"{config}: MMDetection cannot build its model: {demo.first_line(error)}") from error
     check_supported(detector)

@@ -5,6 +5,7 @@ branches are switched off (their last normalisation starts at zero), and the hea
 """
 
 import torch
+from mmcv.cnn.utils import revert_sync_batchnorm
 from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
@@ -20,7 +21,7 @@ def write_checkpoint(cfg, path, image):
             part.init_cfg = None
     cfg.model.pretrained = None
     torch.manual_seed(0)
-    detector = build_detector(cfg.model)
+    detector = revert_sync_batchnorm(build_detector(cfg.model))
     detector.init_weights()
     detector.eval()
     with torch.no_grad():
