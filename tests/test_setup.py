@@ -25,7 +25,7 @@ def pinned():
 
 def test_requirement_txt_agrees_with_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["export"]
+    requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     direct = dict(requirement.split("==") for requirement in requirements)
     pins = pinned()
     assert {name: pins.get(normalise(name)) for name in direct} == direct

@@ -1,0 +1,337 @@
+"""evaluate.py: its numbers against MMDetection's, its partial files, and its command line as a process."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, SHAPES
+
+import evaluate
+
+IDS = [2, 5, 9, 44, 71, 90]  # of the categories: with gaps, as COCO's
+
+
+def run_evaluate(*arguments):
+    """Run evaluate.py with the bundled model as a process."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=600, check=False)
+
+
+def command(*arguments):
+    """Return the command line of evaluate.py with the bundled model."""
+    return [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments), "--model", str(SHAPES)]
+
+
+def assert_refused(result, *words):
+    """Check for exit status 2 and one line on stderr with these words in it."""
+    assert result.returncode == 2
+    assert result.stderr.startswith("evaluate.py: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert str(word) in result.stderr
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Return a folder with the 300 held-out pictures in val and their annotations in val.json."""
+    import dataset
+
+    folder = tmp_path_factory.mktemp("pictures")
+    dataset.write_split(folder, "val")
+    content = json.loads((folder / "val.json").read_text())
+    for entry in content["annotations"]:
+        entry["category_id"] = IDS[entry["category_id"] - 1]
+    for category in content["categories"]:
+        category["id"] = IDS[category["id"] - 1]
+    (folder / "val.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def few(pictures, tmp_path):
+    """Return the arguments for 24 of the pictures, and the folder for the results."""
+    content = json.loads((pictures / "val.json").read_text())
+    content["images"] = content["images"][:24]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    return [tmp_path / "few.json", pictures / "val", "--out", tmp_path / "out"], tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def whole(pictures, tmp_path_factory):
+    """Return the output of a run without interruption over the 24 pictures: its stdout and detections.json."""
+    folder = tmp_path_factory.mktemp("whole")
+    content = json.loads((pictures / "val.json").read_text())
+    content["images"] = content["images"][:24]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+    (folder / "few.json").write_text(json.dumps(content))
+    result = run_evaluate(folder / "few.json", pictures / "val", "--out", folder / "out")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
+    return result.stdout, (folder / "out" / "detections.json").read_bytes()
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+def mmdetection_evaluation(detector, pictures, monkeypatch):
+    """Return the COCOeval that CocoDataset.evaluate makes of single_gpu_test's results; its report has 3 decimals."""
+    import mmcv
+    import mmdet.datasets.coco
+    import torch
+    from mmdet.apis import single_gpu_test
+    from mmdet.datasets import build_dataloader, build_dataset
+    from mmdet.utils import build_dp
+
+    made = []
+
+    class Recorded(mmdet.datasets.coco.COCOeval):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(mmdet.datasets.coco, "COCOeval", Recorded)
+    cfg = mmcv.Config.fromfile(str(SHAPES / "config.py")).data.test
+    cfg.update(ann_file=str(pictures / "val.json"), img_prefix=str(pictures / "val"), test_mode=True)
+    data = build_dataset(cfg)
+    loader = build_dataloader(data, samples_per_gpu=1, workers_per_gpu=0, dist=False, shuffle=False)
+    with torch.no_grad():
+        results = single_gpu_test(build_dp(detector, "cpu"), loader)
+    data.evaluate(results, metric="bbox", proposal_nums=(1, 10, 100), classwise=True)
+    return made[0]
+
+
+@pytest.mark.slow
+def test_the_twelve_numbers_are_mmdetections(pictures, shapes_detector, tmp_path, monkeypatch, capsys):
+    status = evaluate.main(
+        [str(pictures / "val.json"), str(pictures / "val"), "--out", str(tmp_path), "--model", str(SHAPES)]
+    )
+    assert status == 0
+    printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " @[ " in line]
+    ours = evaluate.evaluate(evaluate.read_annotations(pictures / "val.json"), tmp_path / "detections.json")
+    ours.summarize()
+    expected = mmdetection_evaluation(shapes_detector, pictures, monkeypatch)
+    assert len(ours.stats) == len(expected.stats) == 12
+    np.testing.assert_allclose(ours.stats, expected.stats, atol=1e-4)
+    np.testing.assert_allclose(printed, expected.stats, atol=6e-4)
+    assert 0.7 < expected.stats[0] < 0.9
+    averages = np.array(list(evaluate.class_precision(ours).values()))
+    precision = expected.eval["precision"][:, :, :, 0, -1]
+    np.testing.assert_allclose(averages[:, 0], precision.mean(axis=(0, 1)), atol=1e-4)
+    np.testing.assert_allclose(averages[:, 1], precision[0].mean(axis=0), atol=1e-4)
+
+
+def test_a_class_without_objects_has_no_precision(pictures, whole, tmp_path):
+    content = json.loads((pictures / "val.json").read_text())
+    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] != IDS[2]]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "detections.json").write_bytes(whole[1])
+    evaluation = evaluate.evaluate(evaluate.read_annotations(tmp_path / "val.json"), tmp_path / "detections.json")
+    averages = evaluate.class_precision(evaluation)
+    assert [category for category, (average, _) in averages.items() if np.isnan(average)] == [IDS[2]]
+
+
+def test_the_results_are_coco_s(few, whole):
+    """Of the pictures and categories in the annotation file, and every class under its own id."""
+    content = json.loads(few[0][0].read_text())
+    entries = json.loads(whole[1])
+    assert {entry["image_id"] for entry in entries} <= {image["id"] for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    assert {entry["category_id"] for entry in entries} == set(IDS)
+    assert all(names[entry["category_id"]] == entry["category"] for entry in entries)
+    assert min(entry["score"] for entry in entries) < 0.1  # the model's own threshold, not what demo.py draws
+
+
+def test_precision_of_each_class_is_printed(few):
+    result = run_evaluate(*few[0], "--per-class")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    names = ["circle", "triangle", "square", "star", "cross", "crescent"]
+    table = lines[[line.split()[0] for line in lines].index("class") + 1 :][:6]
+    assert [line.split()[0] for line in table] == names
+    assert all(0.5 < float(line.split()[1]) <= float(line.split()[2]) <= 1 for line in table)
+
+
+# ------------------------------------------------------------------ interruption, shards
+
+
+def start_and_stop(arguments, out, lines, how):
+    """Start a run, stop it by a signal when its partial file has so many lines, and return its status and stderr."""
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path, deadline = out / "detections.1-of-1.jsonl", time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, "it ended before it was stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize("moments", [[1], [2, 9], [20], [3, 4, 5, 6]])
+def test_killed_and_resumed_equals_uninterrupted(few, whole, moments):
+    arguments, out = few
+    for lines in moments:
+        status, _ = start_and_stop([*arguments, "--resume"], out, lines, signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        assert not (out / "detections.json").exists()
+    result = run_evaluate(*arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (out / "detections.json").read_bytes() == whole[1]
+    assert result.stdout.splitlines()[1:13] == whole[0].splitlines()[1:13]
+    assert [path.name for path in out.iterdir()] == ["detections.json"]
+
+
+def test_a_line_that_was_cut_is_done_again(few, whole):
+    arguments, out = few
+    start_and_stop(arguments, out, 6, signal.SIGKILL)
+    path = out / "detections.1-of-1.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"\n", 0, -1) + 40])
+    assert run_evaluate(*arguments, "--resume").returncode == 0
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
+def test_interrupted_by_ctrl_c(few, whole):
+    arguments, out = few
+    status, stderr = start_and_stop(arguments, out, 5, signal.SIGINT)
+    assert status == 130
+    assert "Traceback" not in stderr
+    assert "--resume" in stderr.splitlines()[-1]
+    assert_refused(run_evaluate(*arguments), "--resume")  # without, nothing is lost
+    result = run_evaluate(*arguments, "--resume")
+    assert result.returncode == 0
+    assert " 0/24" not in result.stderr  # it did not start over
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
+def test_shards_merged_equal_the_whole(few, whole):
+    arguments, out = few
+    for shard in ("2/3", "1/3"):
+        result = run_evaluate(*arguments, "--shard", shard)
+        assert result.returncode == 0, result.stderr
+        assert "--merge" in result.stdout
+    assert_refused(run_evaluate(*arguments, "--merge"), "8 of 24 pictures are in no shard")
+    assert not (out / "detections.json").exists()
+    assert run_evaluate(*arguments, "--shard", "3/3", "--resume").returncode == 0
+    result = run_evaluate(*arguments, "--merge")
+    assert result.returncode == 0, result.stderr
+    assert (out / "detections.json").read_bytes() == whole[1]
+    assert result.stdout.splitlines()[1:13] == whole[0].splitlines()[1:13]
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "1/0"])
+def test_shards_that_there_are_not(few, shard):
+    result = run_evaluate(*few[0], "--shard", shard)
+    assert result.returncode == 2
+    assert shard in result.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_a_broken_picture_is_skipped_and_tried_again(few, whole, pictures, tmp_path):
+    arguments, out = few
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    images = json.loads(arguments[0].read_text())["images"]
+    for image in images:
+        (folder / image["file_name"]).symlink_to(pictures / "val" / image["file_name"])
+    (folder / images[3]["file_name"]).unlink()
+    (folder / images[7]["file_name"]).unlink()
+    (folder / images[7]["file_name"]).write_text("no picture")
+    arguments[1] = folder
+    for shard in ("1/2", "2/2"):
+        run_evaluate(*arguments, "--shard", shard)
+    result = run_evaluate(*arguments, "--merge")
+    assert result.returncode == 1
+    assert "2 pictures failed" in result.stderr
+    assert result.stdout.count(" @[ ") == 12
+    (folder / images[7]["file_name"]).unlink()
+    for number in (3, 7):
+        (folder / images[number]["file_name"]).symlink_to(pictures / "val" / images[number]["file_name"])
+    result = run_evaluate(*arguments, "--shard", "2/2", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert run_evaluate(*arguments, "--merge").returncode == 0
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
+def test_broken_pictures_are_named(few, tmp_path):
+    arguments, _ = few
+    (tmp_path / "empty").mkdir()
+    arguments[1] = tmp_path / "empty"
+    result = run_evaluate(*arguments)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("evaluate.py: ")]
+    assert len(lines) == 25
+    assert lines[0].startswith("evaluate.py: 1000000.png: ")
+    assert "nothing was detected" in lines[-1]
+
+
+@pytest.mark.parametrize("change", ["unknown", "absent"])
+def test_classes_must_be_the_same(few, change):
+    arguments, out = few
+    content = json.loads(arguments[0].read_text())
+    if change == "unknown":
+        content["categories"][3]["name"] = "planet"
+    else:
+        content["categories"].append({"id": 91, "name": "planet"})
+    arguments[0].write_text(json.dumps(content))
+    assert_refused(run_evaluate(*arguments), "star" if change == "unknown" else "planet")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[1, 2]", "{}", '{"images": [], "annotations": [], "categories": []}']
+)
+def test_files_that_are_no_annotations(few, content):
+    arguments, _ = few
+    arguments[0].unlink()
+    if content is not None:
+        arguments[0].write_text(content)
+    assert_refused(run_evaluate(*arguments), arguments[0])
+
+
+def test_a_folder_that_is_not_there(few, tmp_path):
+    few[0][1] = tmp_path / "nowhere"
+    assert_refused(run_evaluate(*few[0]), tmp_path / "nowhere")
+
+
+def test_a_partial_file_of_another_run_is_not_mixed(few):
+    arguments, out = few
+    out.mkdir()
+    partial = out / "detections.1-of-1.jsonl"
+    for content, word in (('{"pair": "another", "annotations": ""}\n', "another model"), ("[1\n{}\n", "damaged")):
+        partial.write_text(content)
+        assert_refused(run_evaluate(*arguments, "--resume"), word)
+        assert partial.read_text() == content
+
+
+def test_pycocotools_missing_is_said(few, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COCO", None)
+    assert evaluate.main([*map(str, few[0]), "--model", str(SHAPES)]) == 2
+    assert "pip install pycocotools" in capsys.readouterr().err
+
+
+def test_reading_stays_a_few_pictures_ahead(tmp_path):
+    """However slow the networks are, memory holds a bounded number of prepared pictures."""
+    cv2.imwrite(str(tmp_path / "picture.png"), np.full((40, 60, 3), 90, np.uint8))
+    images = [{"file_name": "picture.png", "id": i} for i in range(50)]
+    settings = {"scale": (60, 40), "mean": [0] * 3, "std": [1] * 3, "to_rgb": True, "pad_divisor": 32}
+    asked = []
+
+    def counted():
+        for image in images:
+            asked.append(image)
+            yield image
+
+    for number, (image, future) in enumerate(evaluate.prepared_pictures(counted(), tmp_path, settings)):
+        assert image["id"] == number
+        assert future.result()[0].shape == (1, 3, 64, 64)
+        assert len(asked) - number <= evaluate.PICTURES_AHEAD + 1
