@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 from tqdm import tqdm
 
-from postprocess import align_levels, assign_levels, base_anchors, detect, propose
+from postprocess import align_levels, assign_levels, base_anchors, detect, ignore, propose
 
 HERE = Path(__file__).resolve().parent
 FORMAT, TYPE = 1, "faster_rcnn"  # of the metadata that this file reads
@@ -39,10 +39,6 @@ class Detections(NamedTuple):
     boxes: np.ndarray  # [d, 4] float32: x1, y1, x2, y2 in pixels of the picture
     scores: np.ndarray  # [d] float32, 0 to 1
     labels: np.ndarray  # [d] int64, positions in FasterRCNN.classes
-
-
-def ignore(stage, **arrays):
-    """Record nothing."""
 
 
 class FasterRCNN:
@@ -77,8 +73,7 @@ class FasterRCNN:
         rpn_cls, rpn_reg, features = (maps[i : i + len(strides)] for i in range(0, len(maps), len(strides)))
         record("model1", rpn_cls=rpn_cls, rpn_reg=rpn_reg, features=features)
 
-        proposals, objectness = propose(rpn_cls, rpn_reg, self.base_anchors, strides, image_size, **config["rpn"])
-        record("propose", proposals=proposals, objectness=objectness)
+        proposals, _ = propose(rpn_cls, rpn_reg, self.base_anchors, strides, image_size, **config["rpn"], record=record)
 
         levels = assign_levels(proposals, len(roi["strides"]), roi["finest_scale"])
         roi_feats = align_levels(
@@ -89,9 +84,7 @@ class FasterRCNN:
         cls, reg = infer(self.model2, roi_feats)
         record("model2", cls=cls, reg=reg)
 
-        detections = Detections(*detect(cls, reg, proposals, image_size, scale_factor, **config["rcnn"]))
-        record("detect", **detections._asdict())
-        return detections
+        return Detections(*detect(cls, reg, proposals, image_size, scale_factor, **config["rcnn"], record=record))
 
 
 def default_model():

@@ -16,6 +16,10 @@ MAX_LOG_SCALE = np.float32(abs(np.log(16 / 1000)))  # a box grows or shrinks at 
 NMS_BLOCK = 64  # boxes decided at a time: bounds the memory of the IoU matrix, not the result
 
 
+def ignore(stage, **arrays):
+    """Record nothing: what `record` does unless somebody wants to see the arrays of a stage."""
+
+
 def base_anchors(base_size, scales, ratios, center_offset=0.0):
     """Return the anchors [len(ratios) * len(scales), 4] of the cell in the corner of a level.
 
@@ -173,7 +177,9 @@ def objectness(logits, num_anchors):
     return softmax(logits.reshape(-1, 2))[:, 0]
 
 
-def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_threshold, max_per_img, min_bbox_size):
+def propose(
+    cls, reg, base, strides, image_size, means, stds, nms_pre, iou_threshold, max_per_img, min_bbox_size, record=ignore
+):
     """Turn the RPN's maps into proposals: boxes [r, 4] and their scores [r], best first, r <= max_per_img.
 
     cls: a level's logits [a, h, w] each (or [2 a, h, w], see objectness); reg: its deltas [4 a, h, w]; base: its
@@ -194,8 +200,11 @@ def propose(cls, reg, base, strides, image_size, means, stds, nms_pre, iou_thres
     if min_bbox_size >= 0:
         large = (boxes[:, 2:] - boxes[:, :2] > min_bbox_size).all(axis=1)
         boxes, scores, levels = boxes[large], scores[large], levels[large]
-    kept, scores = batched_nms(boxes, scores, levels, iou_threshold)
-    return boxes[kept[:max_per_img]], scores[:max_per_img]
+    kept, kept_scores = batched_nms(boxes, scores, levels, iou_threshold)
+    kept, kept_scores = kept[:max_per_img], kept_scores[:max_per_img]
+    proposals = boxes[kept]
+    record("propose", candidates=boxes, scores=scores, levels=levels, kept=kept, proposals=proposals)
+    return proposals, kept_scores
 
 
 def assign_levels(rois, num_levels, finest_scale=56):
@@ -210,13 +219,21 @@ def assign_levels(rois, num_levels, finest_scale=56):
     return np.clip(level, 0, num_levels - 1).astype(np.int64)
 
 
-def interpolation_matrices(start, length, map_length, output_size, sampling_ratio):
-    """Return the matrices [r, output_size, k] that take bins from one axis of a map, and their cells' range.
+def to_cells(rois, stride, aligned):
+    """Return where RoIs [r, 4] begin (x, y) and their size (width, height) in cells of a level, [r, 2] each.
 
-    An interval from `start` [r], `length` [r] cells long, is cut into bins of one size. A bin is the mean of
-    `sampling_ratio` points (0: one a cell, rounded up); a point lies between two cells and takes from each by
-    its nearness (linear interpolation); more than a cell outside the map it is zero. Matrix i acts on the
-    cells first[i] .. stop[i] - 1, its columns beyond them are zero. Mask R-CNN, section 3, RoIAlign.
+    `aligned` puts the value of a cell at its centre, half a cell from its corner.
+    """
+    cells = rois * np.float32(1 / stride) - np.float32(0.5 if aligned else 0)
+    start, size = cells[:, :2], cells[:, 2:] - cells[:, :2]
+    return start, size if aligned else np.maximum(size, 1)
+
+
+def sample_points(start, length, output_size, sampling_ratio):
+    """Return the points [r, output_size, p] of each bin of an interval, and how many of the p are its own [r, 1, 1].
+
+    An interval from `start` [r], `length` [r] cells long, is cut into bins of one size, and each bin has
+    `sampling_ratio` points (0: one a cell, rounded up), in the middles of as many equal parts.
     """
     bin_size = length / np.float32(output_size)
     samples = np.full(len(start), sampling_ratio) if sampling_ratio > 0 else np.ceil(bin_size).astype(np.int64)
@@ -224,8 +241,19 @@ def interpolation_matrices(start, length, map_length, output_size, sampling_rati
     nth_bin = np.arange(output_size, dtype=np.float32)[:, None]
     nth_point = np.arange(samples.max(initial=0), dtype=np.float32)
     count = np.maximum(samples, 1).astype(np.float32)
-    points = start + nth_bin * bin_size + (nth_point + np.float32(0.5)) * bin_size / count  # [r, bins, points]
-    used = (nth_point < samples) & (points >= -1) & (points <= map_length)
+    return start + nth_bin * bin_size + (nth_point + np.float32(0.5)) * bin_size / count, samples
+
+
+def interpolation_matrices(start, length, map_length, output_size, sampling_ratio):
+    """Return the matrices [r, output_size, k] that take bins from one axis of a map, and their cells' range.
+
+    A bin is the mean of its points, see sample_points; a point lies between two cells and takes from each by its
+    nearness (linear interpolation); more than a cell outside the map it is zero. Matrix i acts on the cells
+    first[i] .. stop[i] - 1, its columns beyond them are zero. Mask R-CNN, section 3, RoIAlign.
+    """
+    points, samples = sample_points(start, length, output_size, sampling_ratio)
+    used = (np.arange(points.shape[2]) < samples) & (points >= -1) & (points <= map_length)
+    count = np.maximum(samples, 1).astype(np.float32)
 
     points = np.clip(points, 0, map_length - 1)
     low = points.astype(np.int64)
@@ -247,15 +275,11 @@ def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=T
 
     A bin of RoIAlign is a sum over rows and columns whose weights are products, so for a whole RoI it is
         W_y @ crop @ W_x^T,        W_y [s, rows], W_x [s, columns], crop [rows, columns] for each channel:
-    two matrix products over all channels at once when the map is laid out with the channels last. `aligned`
-    puts the value of a cell at its centre, half a cell from its corner. `out`, if given, is r arrays [C, s, s]
-    that are filled. Mask R-CNN, section 3, RoIAlign.
+    two matrix products over all channels at once when the map is laid out with the channels last. `out`, if given,
+    is r arrays [C, s, s] that are filled. Mask R-CNN, section 3, RoIAlign.
     """
     channels, height, width = features.shape
-    cells = rois * np.float32(1 / stride) - np.float32(0.5 if aligned else 0)
-    start, size = cells[:, :2], cells[:, 2:] - cells[:, :2]
-    if not aligned:
-        size = np.maximum(size, 1)
+    start, size = to_cells(rois, stride, aligned)
     weights_x, left, right = interpolation_matrices(start[:, 0], size[:, 0], width, output_size, sampling_ratio)
     weights_y, top, bottom = interpolation_matrices(start[:, 1], size[:, 1], height, output_size, sampling_ratio)
     features = np.ascontiguousarray(features.transpose(1, 2, 0))  # [h, w, C]
@@ -295,6 +319,7 @@ def detect(
     max_per_img,
     nms_class_agnostic=False,
     soft_min_score=None,
+    record=ignore,
 ):
     """Turn the head's outputs into detections: boxes [d, 4], scores [d], labels [d], best first, d <= max_per_img.
 
@@ -310,6 +335,7 @@ def detect(
     deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if class_agnostic else label]
     boxes = decode_boxes(rois[roi], deltas, means, stds, image_size) / np.float32(scale_factor)
     groups = np.zeros_like(label) if nms_class_agnostic else label
-    kept, scores = batched_nms(boxes, scores, groups, iou_threshold, soft_min_score)
-    kept = kept[:max_per_img]
-    return boxes[kept], scores[:max_per_img], label[kept]
+    kept, kept_scores = batched_nms(boxes, scores, groups, iou_threshold, soft_min_score)
+    kept, kept_scores = kept[:max_per_img], kept_scores[:max_per_img]
+    record("detect", candidates=boxes, scores=scores, labels=label, rois=roi, kept=kept)
+    return boxes[kept], kept_scores, label[kept]

@@ -51,7 +51,8 @@ def test_every_stage_of_the_coco_model(coco_detector, coco_pair, photographs):
     """From the same maps on: proposals, levels and RoI features are MMDetection's."""
     stages = {}
     pair = demo.FasterRCNN(coco_pair)
-    pair(photographs["coffee"], lambda stage, **arrays: stages.update(arrays))
+    pair(photographs["coffee"], lambda stage, **arrays: stages.update(arrays if stage != "detect" else {}))
+    stages["objectness"] = stages["scores"][stages["kept"]]
     meta = [{"img_shape": (*stages["image_size"], 3)}]
     with torch.no_grad():
         features = [torch.from_numpy(feature)[None] for feature in stages["features"]]
