@@ -122,10 +122,18 @@ def nothing(axis, text):
     axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes, fontsize=12, color="#555555")
 
 
-def grid_shape(count):
-    """Return rows and columns for so many panels."""
-    columns = min(count, 3)
-    return -(-count // columns), columns
+def level_panels(p, caption, fade):
+    """Return a figure with the resized picture once for each level, and the levels' axes."""
+    levels = len(p.strides)
+    columns = min(levels, 3)
+    rows = -(-levels // columns)
+    figure = new_figure(caption, panel_height(p.resized, columns, rows))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[levels:]:
+        axis.axis("off")
+    for axis in axes[:levels]:
+        show(axis, p.resized, fade=fade)
+    return figure, axes[:levels]
 
 
 # ---------------------------------------------------------------------- the nine pictures
@@ -168,16 +176,11 @@ def draw_anchors(p):
     levels, bases = len(p.strides), p.detector.base_anchors
     counts = [len(base) * scores[0].size for base, scores in zip(bases, p.model1["rpn_reg"])]
     caption = f"2  Anchors: {sum(counts):,} boxes of fixed size, {len(bases[0])} at every cell of every level"
-    rows, columns = grid_shape(levels)
-    figure = new_figure(caption, panel_height(p.resized, columns, rows))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = level_panels(p, caption, fade=0.55)
     height, width = p.resized.shape[:2]
     for level, axis in enumerate(axes):
-        if level >= levels:
-            axis.axis("off")
-            continue
         map_height, map_width = p.model1["rpn_reg"][level].shape[1:]
-        show(axis, p.resized, f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fade=0.55)
+        axis.set_title(f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fontsize=11)
         for part in (0.2, 0.5, 0.8):
             y, x = int(min(height / p.strides[level], map_height) / 2), int(width / p.strides[level] * part)
             y, x = min(y, map_height - 1), min(x, map_width - 1)
@@ -199,26 +202,19 @@ def draw_anchors(p):
 
 def draw_objectness(p):
     """3: the RPN's scores of each level over the picture."""
-    levels, strides = len(p.strides), p.strides
-    maps = []
+    strides, maps = p.strides, []
     for logits, base in zip(p.model1["rpn_cls"], p.detector.base_anchors):
         maps.append(objectness(logits, len(base)).reshape(*logits.shape[1:], len(base)).max(axis=2))
     best = max(scores.max() for scores in maps)
     caption = f"3  Objectness: how sure the RPN is of an object at each cell (best {best:.2f})"
-    rows, columns = grid_shape(levels)
-    figure = new_figure(caption, panel_height(p.resized, columns, rows))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    height, width = p.resized.shape[:2]
+    figure, axes = level_panels(p, caption, fade=0.3)
     for level, axis in enumerate(axes):
-        if level >= levels:
-            axis.axis("off")
-            continue
-        show(axis, p.resized, f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fade=0.3)
+        axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
         map_height, map_width = maps[level].shape
         extent = (-0.5, map_width * strides[level] - 0.5, map_height * strides[level] - 0.5, -0.5)
         alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
         axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
-    add_score_bar(figure, list(axes[:levels]), "objectness")
+    add_score_bar(figure, list(axes), "objectness")
     text = (
         "The first network gives every anchor a logit; its sigmoid is the objectness, without saying of what class. "
         "Shown is the best anchor of each cell. Small things light up on fine levels, large ones on coarse levels."

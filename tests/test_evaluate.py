@@ -51,27 +51,27 @@ def pictures(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def few(pictures, tmp_path):
-    """Return the arguments for 24 of the pictures, and the folder for the results."""
+def write_few(pictures, folder):
+    """Write the annotations of 24 of the pictures to a folder; return the arguments for them, results below it."""
     content = json.loads((pictures / "val.json").read_text())
     content["images"] = content["images"][:24]
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
-    (tmp_path / "few.json").write_text(json.dumps(content))
-    return [tmp_path / "few.json", pictures / "val", "--out", tmp_path / "out"], tmp_path / "out"
+    (folder / "few.json").write_text(json.dumps(content))
+    return [folder / "few.json", pictures / "val", "--out", folder / "out"]
+
+
+@pytest.fixture
+def few(pictures, tmp_path):
+    """Return the arguments for 24 of the pictures, and the folder for the results."""
+    return write_few(pictures, tmp_path), tmp_path / "out"
 
 
 @pytest.fixture(scope="session")
 def whole(pictures, tmp_path_factory):
     """Return the output of a run without interruption over the 24 pictures: its stdout and detections.json."""
     folder = tmp_path_factory.mktemp("whole")
-    content = json.loads((pictures / "val.json").read_text())
-    content["images"] = content["images"][:24]
-    kept = {image["id"] for image in content["images"]}
-    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
-    (folder / "few.json").write_text(json.dumps(content))
-    result = run_evaluate(folder / "few.json", pictures / "val", "--out", folder / "out")
+    result = run_evaluate(*write_few(pictures, folder))
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
     return result.stdout, (folder / "out" / "detections.json").read_bytes()
