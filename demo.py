@@ -4,7 +4,7 @@ python demo.py                      the bundled picture
 python demo.py PATH ...             pictures, folders or globs
 
 Writes the annotated pictures and detections.json to the folder --out. Exit status: 0 all well, 1 some
-pictures failed and the rest was done, 2 nothing could be done.
+pictures failed and the rest was done, 2 nothing could be done, 130 interrupted.
 """
 
 import argparse
@@ -17,16 +17,44 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
-import numpy as np
-import onnxruntime
-from tqdm import tqdm
+os.environ.setdefault(
+    "OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27)
+)  # read once, when cv2 comes in; a float32 copy is 1.6 GB
 
-from postprocess import align_levels, assign_levels, base_anchors, detect, ignore, propose
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import onnxruntime  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from postprocess import align_levels, assign_levels, base_anchors, detect, ignore, propose  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 FORMAT, TYPE = 1, "faster_rcnn"  # of the metadata that this file reads
 PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+TEXT, FLAG, NUMBER, INTEGER, COUNT = "a text", "true or false", "a number", "a whole number", "a count"
+METADATA = {  # what has to be in it; [X] is a list of X, [X, X] of two; a key with "?" may be missing
+    "pair": TEXT,
+    "classes": [TEXT],
+    "preprocess": {
+        "scale": [COUNT, COUNT], "mean": [NUMBER] * 3, "std": [NUMBER] * 3, "to_rgb": FLAG, "pad_divisor": COUNT,
+        "keep_ratio?": FLAG,
+    },
+    "anchors": {
+        "strides": [COUNT], "base_sizes": [NUMBER], "scales": [NUMBER], "ratios": [NUMBER], "center_offset": NUMBER,
+    },
+    "rpn": {
+        "means": [NUMBER] * 4, "stds": [NUMBER] * 4, "nms_pre": INTEGER, "iou_threshold": NUMBER, "max_per_img": COUNT,
+        "min_bbox_size": NUMBER,
+    },
+    "roi": {
+        "strides": [COUNT], "output_size": COUNT, "sampling_ratio": INTEGER, "aligned": FLAG, "finest_scale": NUMBER,
+    },
+    "rcnn": {
+        "means": [NUMBER] * 4, "stds": [NUMBER] * 4, "class_agnostic": FLAG, "score_threshold": NUMBER,
+        "iou_threshold": NUMBER, "max_per_img": COUNT, "nms_class_agnostic?": FLAG, "soft_min_score?": NUMBER,
+    },
+}  # fmt: skip
 
 
 class ModelError(Exception):
@@ -114,16 +142,43 @@ def load_pair(folder):
     for session, role in zip(sessions, ("image", "roi_feats")):
         if session.get_inputs()[0].name != role:
             raise ModelError(f"model1.onnx and model2.onnx in {folder} are swapped: rename them, or export again")
+    check_shapes(*sessions, configs[0], folder)
     return (*sessions, configs[0])
 
 
+def check_shapes(model1, model2, config, folder):
+    """Refuse two networks whose inputs and outputs are not what their metadata says."""
+    anchors, roi, levels = config["anchors"], config["roi"], len(config["anchors"]["strides"])
+    maps, (cls, reg), (roi_feats,) = model1.get_outputs(), model2.get_outputs(), model2.get_inputs()
+    classes, boxes = len(config["classes"]), len(anchors["scales"]) * len(anchors["ratios"])
+    found = {
+        "channels of image": (model1.get_inputs()[0].shape[1], (3,)),
+        "levels with a base size": (len(anchors["base_sizes"]), (levels,)),
+        "levels for RoIs": (len(roi["strides"]), range(1, levels + 1)),
+        "outputs of model1": (len(maps), (3 * levels,)),
+        "objectness logits of a cell": (maps[0].shape[1], (boxes, 2 * boxes)),
+        "deltas of a cell": (maps[levels].shape[1], (4 * boxes,)),
+        "channels of roi_feats": (roi_feats.shape[1], (maps[-1].shape[1],)),
+        "sides of roi_feats": (tuple(roi_feats.shape[2:]), ((roi["output_size"],) * 2,)),
+        "class logits": (cls.shape[1], (classes + 1,)),
+        "class deltas": (reg.shape[1], (4 if config["rcnn"]["class_agnostic"] else 4 * classes,)),
+    }
+    for name, (value, expected) in found.items():
+        if value not in expected:
+            raise ModelError(f"the models in {folder} do not fit their metadata: {value} {name}: export again")
+
+
 def infer(session, array):
-    """Return the outputs of a network for its one input."""
+    """Return the outputs of a network for its one input; ModelError if it fails or one of them is not finite."""
     name = session.get_inputs()[0].name
     try:
-        return session.run(None, {name: array})
+        outputs = session.run(None, {name: array})
     except Exception as error:  # onnxruntime has a class for each way to fail, below none of their own
         raise ModelError(f"onnxruntime fails with {name} {list(array.shape)}: {first_line(error)}") from error
+    for output, values in zip(session.get_outputs(), outputs):
+        if not np.isfinite(values).all():
+            raise ModelError(f"the model's output {output.name} holds NaN or infinity: its weights may be damaged")
+    return outputs
 
 
 def read_metadata(path, session):
@@ -138,10 +193,43 @@ def read_metadata(path, session):
     found = {key: config.get(key) for key in ("format", "type")} if isinstance(config, dict) else config
     if found != {"format": FORMAT, "type": TYPE}:
         raise ModelError(f"{path} is {found}; this demo.py reads format {FORMAT}, type {TYPE!r}")
-    missing = {"pair", "classes", "preprocess", "anchors", "rpn", "roi", "rcnn"} - set(config)
-    if missing:
-        raise ModelError(f"{path}: its metadata 'detector' has no {', '.join(sorted(missing))}: export again")
+    problem = find_problem("detector", config, {**METADATA, "format": INTEGER, "type": TEXT, "source?": None})
+    if problem:
+        raise ModelError(f"{path}: its metadata is damaged: {problem}: export again")
     return config
+
+
+def find_problem(name, value, expected):
+    """Return what is wrong with a value of the metadata where something else is expected (see METADATA), or None."""
+    if isinstance(expected, dict):
+        return find_problem_in_object(name, value, expected)
+    if isinstance(expected, list):
+        if not isinstance(value, list) or not value or len(expected) not in (1, len(value)):
+            return f"{name} is no list of {'some' if len(expected) == 1 else len(expected)}"
+        kinds = expected if len(expected) > 1 else expected * len(value)
+        return next(filter(None, map(find_problem, [f"{name}[]"] * len(value), value, kinds)), None)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6  # nor NaN
+    fits = {
+        None: True,
+        TEXT: isinstance(value, str),
+        FLAG: isinstance(value, bool),
+        NUMBER: number,
+        INTEGER: number and isinstance(value, int),
+        COUNT: number and isinstance(value, int) and value > 0,
+    }
+    return None if fits[expected] else f"{name} is {value!r:.50}, not {expected}"
+
+
+def find_problem_in_object(name, value, expected):
+    """Return the first problem among the keys of an object, or None."""
+    if not isinstance(value, dict):
+        return f"{name} is no object"
+    kinds = {key.rstrip("?"): kind for key, kind in expected.items()}
+    missing = [key for key in expected if key not in value and not key.endswith("?")]
+    unknown = [key for key in value if key not in kinds]
+    if missing or unknown:
+        return f"{name} has no {missing[0]}" if missing else f"{name} has an unknown {unknown[0]!r:.50}"
+    return next(filter(None, (find_problem(f"{name}.{key}", value[key], kinds[key]) for key in value)), None)
 
 
 def preprocess(image, scale, mean, std, to_rgb, pad_divisor, keep_ratio=True):
@@ -154,6 +242,10 @@ def preprocess(image, scale, mean, std, to_rgb, pad_divisor, keep_ratio=True):
     height, width = image.shape[:2]
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     size = (int(width * factor + 0.5), int(height * factor + 0.5)) if keep_ratio else tuple(scale)
+    if min(size) < 1:
+        raise ValueError(
+            f"{width} x {height} pixels: too thin, nothing is left of it when its long side is {max(scale)}"
+        )
     scale_factor = np.float32([size[0] / width, size[1] / height] * 2)
 
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
@@ -173,10 +265,23 @@ def first_line(error):
     return " ".join(str(error).split())
 
 
+def printable(path):
+    """Return a path as it can be printed on one line."""
+    return str(path) if str(path).isprintable() else ascii(path)
+
+
 def read_picture(path):
     """Return the picture in a file as [h, w, 3] uint8 BGR, turned as its EXIF says; ValueError if it is none."""
     data = np.fromfile(path, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    except cv2.error as error:
+        if "CV_IO_MAX" not in str(error):
+            raise
+        limit = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
+        raise ValueError(
+            f"more than {limit} pixels: OPENCV_IO_MAX_IMAGE_PIXELS in the environment allows more"
+        ) from error
     if image is None:
         raise ValueError("not a picture that OpenCV can read")
     return image
@@ -316,38 +421,44 @@ def free_name(path, taken):
 
 def run(detector, files, out, score_threshold, show):
     """Detect in every file, write the annotated pictures and detections.json; return the number of failures."""
-    watch, entries, failures = Stopwatch(), [], 0
+    watch, entries, names, failures = Stopwatch(), [], [], 0
     taken = {Path(path).name for path in files if Path(path).resolve().parent == out.resolve()}  # never an input
-    for path in tqdm(files, unit="picture", disable=len(files) == 1):
-        try:
-            image = read_picture(path)
-            watch.start()
-            detections = detector(image, watch.record)
-            confident = detections.scores >= score_threshold
-            detections = Detections(*(field[confident] for field in detections))
-            annotated, name = draw(image, detections, detector.classes), free_name(path, taken)
-            write_file(out / name, cv2.imencode(".png", annotated)[1].tobytes())
-            if show:
-                cv2.imshow(name, annotated)
-                cv2.waitKey()
-        except (OSError, ValueError, cv2.error) as error:
-            failures += 1
-            tqdm.write(f"demo.py: {path}: {first_line(error)}", file=sys.stderr)
-            continue
-        category_ids = range(1, len(detector.classes) + 1)
-        entries += as_coco(detections, image_id_of(path), Path(path).name, detector.classes, category_ids)
-        if len(files) == 1:
-            print(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, {len(detections.boxes)} detections")
-            print_table(detections, detector.classes)
-    done = len(files) - failures
-    if done:
-        write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
-        print(watch.summary(done))
-        print(
-            f"{done} annotated, {len(entries)} detections: {out / (name if len(files) == 1 else '*.png')}, "
-            f"{out / 'detections.json'}"
-        )
+    category_ids = range(1, len(detector.classes) + 1)
+    try:
+        for path in tqdm(files, unit="picture", disable=len(files) == 1):
+            try:
+                detections, name = detect_and_draw(detector, path, out, taken, score_threshold, show, watch)
+            except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
+                failures += 1
+                tqdm.write(f"demo.py: {printable(path)}: {first_line(error)}", file=sys.stderr)
+                continue
+            names.append(name)
+            entries += as_coco(detections, image_id_of(path), Path(path).name, detector.classes, category_ids)
+            if len(files) == 1:
+                print(f"{printable(path)}: {len(detections.boxes)} detections")
+                print_table(detections, detector.classes)
+    finally:  # also when interrupted
+        if names:
+            write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
+            print(watch.summary(len(names)))
+            pictures = out / (names[0] if len(files) == 1 else "*.png")
+            print(f"{len(names)} annotated, {len(entries)} detections: {pictures}, {out / 'detections.json'}")
     return failures
+
+
+def detect_and_draw(detector, path, out, taken, score_threshold, show, watch):
+    """Detect in the picture of a file and write it annotated; return the confident detections and its new name."""
+    image = read_picture(path)
+    watch.start()
+    detections = detector(image, watch.record)
+    confident = detections.scores >= score_threshold
+    detections = Detections(*(field[confident] for field in detections))
+    annotated, name = draw(image, detections, detector.classes), free_name(path, taken)
+    write_file(out / name, cv2.imencode(".png", annotated)[1].tobytes())
+    if show:
+        cv2.imshow(name, annotated)
+        cv2.waitKey()
+    return detections, name
 
 
 def read_arguments(arguments):
@@ -398,6 +509,9 @@ def main(arguments=None):
     except (ModelError, OSError) as error:
         print(f"demo.py: {first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("demo.py: interrupted: what was done is written", file=sys.stderr)
+        return 130
     if failures == len(files):
         return 2
     return 1 if failures or problems else 0

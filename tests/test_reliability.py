@@ -1,0 +1,279 @@
+"""Bad input, broken and hostile files: one clear line, the documented exit status, nothing lost, the rest done."""
+
+import concurrent.futures
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, SHAPES
+from PIL import Image
+from test_demo import assert_one_line, copy_model, run_demo
+
+import demo
+
+PICTURE = ROOT / "asset" / "shapes.png"
+
+
+def run_on(tmp_path, *arguments, **settings):
+    """Run demo.py with the bundled model into tmp_path/out."""
+    return run_demo(*arguments, "--model", SHAPES, "--out", tmp_path / "out", **settings)
+
+
+def good_and(tmp_path, name, content):
+    """Write a good picture and another file; run demo.py on both; check that the good one is done and return stderr."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(PICTURE.read_bytes())
+    (folder / name).write_bytes(content)
+    result = run_on(tmp_path, folder)
+    assert result.returncode == 1, result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.json", "good.png"]
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in entries} == {"good"}
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("demo.py: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def png_header(width, height):
+    """Return a PNG that says it has this size and ends."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    data = b"IDAT" + zlib.compress(b"")
+    return b"\x89PNG\r\n\x1a\n" + body + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+
+def encoded(image, suffix):
+    """Return an image as the bytes of a file."""
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("empty.png", b"", "not a picture"),
+        ("text.jpg", b"this is no picture", "not a picture"),
+        ("huge.png", png_header(30_000, 30_000), "134217728 pixels"),
+        ("thin.png", encoded(np.zeros((1, 5000, 3), np.uint8), ".png"), "too thin"),
+        ("high.png", encoded(np.zeros((5000, 1, 3), np.uint8), ".png"), "too thin"),
+        ("cut.png", PICTURE.read_bytes()[:40], "not a picture"),
+        ("cut.jpg", encoded(cv2.imread(str(PICTURE)), ".jpg")[:9000], "not a picture"),
+        ("new\nline.png", b"", "'"),
+    ],
+)
+def test_pictures_that_cannot_be_used(tmp_path, name, content, word):
+    assert word in good_and(tmp_path, name, content)
+
+
+def colour_modes(folder):
+    """Write a picture in every mode that is not plain RGB; return the paths."""
+    picture = Image.open(PICTURE).convert("RGB").resize((120, 80))
+    modes = {"grey.png": "L", "grey_alpha.png": "LA", "rgba.png": "RGBA", "palette.png": "P", "cmyk.jpg": "CMYK"}
+    for name, mode in modes.items():
+        picture.convert(mode).save(folder / name)
+    cv2.imwrite(str(folder / "16_bit.png"), np.asarray(picture).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(folder / "turned.jpg", exif=exif)
+    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
+    picture.save(folder / "animated.webp", save_all=True, append_images=[picture.rotate(90)], lossless=True)
+    return sorted(folder.iterdir())
+
+
+def test_every_kind_of_picture_is_read_as_mmdetection_reads_it(tmp_path):
+    from mmdet.datasets.pipelines import LoadImageFromFile
+
+    for path in colour_modes(tmp_path):
+        expected = LoadImageFromFile()({"img_info": {"filename": str(path)}, "img_prefix": None})["img"]
+        np.testing.assert_array_equal(demo.read_picture(path), expected, err_msg=path.name)
+    assert demo.read_picture(tmp_path / "turned.jpg").shape == (120, 80, 3)
+
+
+@pytest.mark.parametrize("name", ["with space.png", "图片 é.png", "-dash.png", "1.png", "[x]*.png"])
+def test_names_of_every_kind(tmp_path, name):
+    (tmp_path / name).write_bytes(PICTURE.read_bytes())
+    path = tmp_path / name
+    result = run_on(tmp_path, path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / name).exists()
+
+
+def test_one_pixel(tmp_path):
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((1, 1, 3), np.uint8))
+    result = run_on(tmp_path, tmp_path / "one.png")
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_pictures_of_the_same_name(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.png").write_bytes(PICTURE.read_bytes())
+    result = run_on(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"same.png", "same_2.png", "detections.json"}
+
+
+def test_a_folder_with_ten_thousand(tmp_path):
+    for number in range(10_000):
+        (tmp_path / f"{number}.jpg").symlink_to(PICTURE)
+    files, problems = demo.find_pictures([str(tmp_path)])
+    assert len(files) == 1  # they are one file
+    assert problems == []
+
+
+def small_files_only():
+    """Let a process write no file larger than 4 kB, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_a_full_disk(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shapes.png").write_text("the old one")
+    result = run_on(tmp_path, PICTURE, preexec_fn=small_files_only)
+    assert result.returncode == 2
+    assert "too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("shapes.png", "the old one")]
+
+
+def test_an_output_folder_that_cannot_be(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    result = run_on(tmp_path, PICTURE)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, tmp_path / "out")
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number}.png").write_bytes(PICTURE.read_bytes())
+    command = [
+        sys.executable,
+        str(ROOT / "demo.py"),
+        str(tmp_path),
+        "--model",
+        str(SHAPES),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*.png"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    done = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert 3 <= len(done) < 60
+    assert {str(entry["image_id"]) for entry in entries} >= done - {max(done, key=int)}
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+# ------------------------------------------------------------------ models
+
+
+def change_metadata(section, key, value):
+    """Return a change of the metadata of both files."""
+
+    def change(text, name):
+        config = json.loads(text)
+        (config[section] if section else config)[key] = value
+        return json.dumps(config)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("preprocess", "scale", [512], ["preprocess.scale", "list of 2"]),
+        ("preprocess", "scale", [512, 0], ["preprocess.scale", "count"]),
+        ("preprocess", "mean", [1, 2, "3"], ["preprocess.mean", "number"]),
+        ("preprocess", "to_rgb", 1, ["preprocess.to_rgb", "true or false"]),
+        ("preprocess", "rotate", 90, ["preprocess", "unknown", "rotate"]),
+        ("anchors", "strides", [], ["anchors.strides"]),
+        ("anchors", "strides", [4, 8], ["fit"]),
+        ("anchors", "ratios", [1.0], ["objectness logits"]),
+        ("anchors", "scales", float("nan"), ["anchors.scales"]),
+        ("rpn", "nms_pre", 1.5, ["rpn.nms_pre", "whole number"]),
+        ("rpn", "means", [0, 0, 0, float("inf")], ["rpn.means"]),
+        ("roi", "output_size", 14, ["sides of roi_feats"]),
+        ("roi", "strides", [4] * 9, ["levels for RoIs"]),
+        ("rcnn", "max_per_img", 10**9, ["rcnn.max_per_img"]),
+        ("rcnn", "class_agnostic", True, ["class deltas"]),
+        (None, "classes", ["a"], ["class logits"]),
+        (None, "classes", "circle", ["classes"]),
+        (None, "rpn", [], ["rpn", "no object"]),
+        (None, "format", 2, ["'format': 2"]),
+    ],
+)
+def test_metadata_that_is_wrong(tmp_path, section, key, value, words):
+    model = copy_model(tmp_path / "model", change_metadata(section, key, value))
+    with pytest.raises(demo.ModelError) as caught:
+        demo.FasterRCNN(model)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def change_weight(path, find, value):
+    """Set a weight of a network."""
+    model = onnx.load(str(path))
+    initializer = next(tensor for tensor in model.graph.initializer if find in tensor.name)
+    values = onnx.numpy_helper.to_array(initializer).copy()
+    values.flat[0] = value
+    initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))
+    onnx.save(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("network", "weight", "output"),
+    [("model1", "rpn_reg.bias", "reg_0"), ("model2", "fc_cls.bias", "cls")],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_named(tmp_path, network, weight, output, value):
+    model = copy_model(tmp_path / "model", lambda text, name: text)
+    change_weight(model / f"{network}.onnx", weight, value)
+    result = run_demo(PICTURE, "--model", model, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "NaN or infinity", output)
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------ the same answer, always
+
+
+def test_eight_threads_and_a_hundred_runs_give_the_same_bits():
+    detector, image = demo.FasterRCNN(SHAPES), cv2.imread(str(PICTURE))
+    upright = np.ascontiguousarray(image.transpose(1, 0, 2))
+    expected = [detector(image), detector(upright)]
+    assert len(expected[0].boxes) > 10
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(detector, [image, upright] * 50))
+    for number, run in enumerate(runs):
+        for field, other in zip(run, expected[number % 2]):
+            assert field.tobytes() == other.tobytes()
+
+
+def test_the_environment_may_allow_larger_pictures(tmp_path):
+    cv2.imwrite(str(tmp_path / "picture.png"), np.zeros((20, 20, 3), np.uint8))
+    result = run_on(tmp_path, tmp_path / "picture.png", env={**os.environ, "OPENCV_IO_MAX_IMAGE_PIXELS": "300"})
+    assert result.returncode == 2
+    assert "300 pixels" in result.stderr
