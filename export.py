@@ -5,8 +5,8 @@ python export.py CONFIG CHECKPOINT      your own; CONFIG is a file, or the name 
 
 model1 is backbone, neck and RPN head; model2 is the RoI head. Both run in PyTorch and in ONNX Runtime, every
 output is compared (True below 1e-4), then the detections of the whole pipeline in a picture. Only when all is
-True are the files moved to --out. Exit status: 0 all True, 1 something differs, 2 nothing could be exported.
-A CONFIG is Python and is run.
+True are the files moved to --out. Exit status: 0 all True, 1 something differs, 2 nothing could be exported, 130
+interrupted. A CONFIG is Python and is run.
 """
 
 import argparse
@@ -143,6 +143,8 @@ def load_weights(detector, checkpoint, path):
         for name, shape in expected.items()
         if found.get(name, shape) != shape
     ]
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    problems += [f"{name} holds NaN or infinity" for name, value in tensors.items() if not value.isfinite().all()]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ExportError(f"{path} does not fit the config: {'; '.join(problems[:3])}{more}")
@@ -613,6 +615,9 @@ def main(arguments=None):
     except (ExportError, demo.ModelError, OSError) as error:
         print(f"export.py: {demo.first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("export.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """export.py: what it writes, what it refuses, what it leaves alone."""
 
+import concurrent.futures
 import functools
 import hashlib
 import http.server
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import onnx
@@ -257,6 +260,7 @@ def test_files_that_are_no_checkpoint(tmp_path, shapes, capfd, content, trust):
         (lambda state: state.update(extra=torch.zeros(1)), ["extra is left over"]),
         (lambda state: state.update({"rpn_head.rpn_cls.bias": torch.zeros(5)}), ["is [5] instead of [3]"]),
         (lambda state: state.clear(), ["is missing;", "more"]),
+        (lambda state: state["rpn_head.rpn_cls.bias"].fill_(np.nan), ["rpn_head.rpn_cls.bias holds NaN or infinity"]),
     ],
 )
 def test_weights_of_another_detector(tmp_path, shapes, capfd, change, words):
@@ -348,6 +352,40 @@ def test_a_config_without_a_checkpoint():
     assert "CONFIG and CHECKPOINT go together" in result.stderr
 
 
+# ------------------------------------------------------------------ interruption
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("moment", ["", "model1.onnx", "model2.onnx"])
+def test_interrupted_the_old_pair_stays(tmp_path, shapes, how, moment):
+    """Stopped when it has begun to write into its temporary folder, and when each network is there."""
+    command = [sys.executable, str(ROOT / "export.py"), *shapes]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(f".export-*/{moment}")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert [(tmp_path / name).read_text() for name in PAIR] == ["the old one"] * 2
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in stderr
+        assert not list(tmp_path.glob(".export-*"))
+
+
+@pytest.mark.slow
+def test_two_exports_into_one_folder(tmp_path):
+    arguments = [SHAPES / "config.py", SHAPES / "shapes.pth", "--out", tmp_path]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run_export(*arguments), range(2)))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)
+    assert len(demo.FasterRCNN(tmp_path).classes) == 6
+
+
 # ------------------------------------------------------------------ the download
 
 
@@ -380,12 +418,27 @@ def test_default_checkpoint_is_downloaded_once(tmp_path, server, monkeypatch):
     assert export.fetch_default_checkpoint() == path
 
 
-@pytest.mark.parametrize("case", ["not found", "wrong hash", "no server"])
+class CutShort(http.server.BaseHTTPRequestHandler):
+    """Promises a thousand bytes, sends ten and hangs up."""
+
+    def do_GET(self):  # noqa: N802
+        """Answer."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"0123456789")
+
+
+@pytest.mark.parametrize("case", ["not found", "wrong hash", "no server", "cut"])
 def test_download_that_fails_says_what_to_put_where(tmp_path, server, monkeypatch, case):
     if case == "wrong hash":
         (server / export.DEFAULT_CHECKPOINT).write_bytes(b"something else")
     if case == "no server":
         monkeypatch.setattr(export, "CHECKPOINT_URL", "http://127.0.0.1:9/x.pth")
+    if case == "cut":
+        cut_short = http.server.ThreadingHTTPServer(("127.0.0.1", 0), CutShort)
+        threading.Thread(target=cut_short.serve_forever, daemon=True).start()
+        monkeypatch.setattr(export, "CHECKPOINT_URL", f"http://127.0.0.1:{cut_short.server_port}/x.pth")
     with pytest.raises(export.ExportError) as error:
         export.fetch_default_checkpoint()
     assert export.CHECKPOINT_URL in str(error.value)
