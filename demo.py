@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27)
-)  # read once, when cv2 comes in; a float32 copy is 1.6 GB
+# Read once, when cv2 comes in. As float32, so many pixels are 1.6 GB. What goes wrong is raised, no need to log it.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402

@@ -303,53 +303,70 @@ def principal_component(features):
     return lambda values: (values - mean) @ direction
 
 
+class Sampling(NamedTuple):
+    """How RoIAlign samples one RoI, each as (x, y)."""
+
+    start: np.ndarray  # of the RoI, in cells of its level
+    lengths: np.ndarray
+    points: list  # [bins, points of a bin] each
+    cells: list  # (first, stop) of the cells that are read
+    matrices: list  # [bins, cells] each
+
+
+def sampling_of(p, which):
+    """Return the Sampling of a proposal."""
+    roi, level = p.config["roi"], p.align["levels"][which]
+    height, width = p.model1["features"][level].shape[1:]
+    start, lengths = to_cells(p.propose["proposals"][[which]], roi["strides"][level], roi["aligned"])
+    sampling = Sampling(start[0], lengths[0], [], [], [])
+    for axis, map_length in enumerate((width, height)):
+        interval, bins = (start[:, axis], lengths[:, axis]), (roi["output_size"], roi["sampling_ratio"])
+        matrices, first, stop = interpolation_matrices(*interval, map_length, *bins)
+        sampling.points.append(sample_points(*interval, *bins)[0][0])
+        sampling.cells.append((first[0], stop[0]))
+        sampling.matrices.append(matrices[0, :, : stop[0] - first[0]])
+    return sampling
+
+
 def draw_roi_align(p):
     """6: RoIAlign of one proposal, from the sample points to the result."""
-    roi, which = p.config["roi"], explained_roi(p)
+    which, functions = explained_roi(p), "postprocess.to_cells, sample_points, interpolation_matrices, roi_align"
     if which is None:
-        return empty_page(p, "6_roi_align", "6  RoIAlign: there is no proposal", "postprocess.roi_align")
-    size, level, box = roi["output_size"], p.align["levels"][which], p.propose["proposals"][which]
-    features, stride = p.model1["features"][level], roi["strides"][level]
-    start, lengths = to_cells(box[None], stride, roi["aligned"])
-    points, matrices, ranges = [], [], []
-    for axis, map_length in ((0, features.shape[2]), (1, features.shape[1])):  # x, y
-        settings = (start[:, axis], lengths[:, axis])
-        points.append(sample_points(*settings, size, roi["sampling_ratio"])[0][0])
-        matrix, first, stop = interpolation_matrices(*settings, map_length, size, roi["sampling_ratio"])
-        matrices.append(matrix[0])
-        ranges.append((first[0], stop[0]))
-    (left, right), (top, bottom) = ranges
-    crop = features[:, top:bottom, left:right].transpose(1, 2, 0)
+        return empty_page(p, "6_roi_align", "6  RoIAlign: there is no proposal", functions)
+    level, sampling, bins = p.align["levels"][which], sampling_of(p, which), p.config["roi"]["output_size"]
+    (left, right), (top, bottom) = sampling.cells
+    crop = p.model1["features"][level][:, top:bottom, left:right].transpose(1, 2, 0)
     project = principal_component(crop)
-    result = project(p.align["roi_feats"][which].transpose(1, 2, 0))
-    caption = (
-        f"6  RoIAlign: {size} x {size} bins for a proposal, from {right - left} x {bottom - top} cells of level {level}"
-    )
+    cells = f"{right - left} x {bottom - top} cells"
+    caption = f"6  RoIAlign: {bins} x {bins} bins for a proposal, from {cells} of level {level}"
     figure = new_figure(caption, 7.2)
     grid = figure.subplot_mosaic([["picture", "crop", "result"], ["y", "y", "x"]], height_ratios=(1.5, 1))
-    draw_zoom(grid["picture"], p.resized, box[None], "the proposal in the picture")
-    draw_boxes(grid["picture"], box[None], PALETTE[5], 2)
-    draw_crop(grid["crop"], project(crop), (left, top), points, start[0], lengths[0], size)
-    image = grid["result"].imshow(result, cmap="cividis")
-    grid["result"].set_title(f"result: {size} x {size} bins", fontsize=11)
-    figure.colorbar(image, ax=grid["result"], shrink=0.7)
-    for name, matrix, cells in (("y", matrices[1], "rows"), ("x", matrices[0], "columns")):
-        grid[name].imshow(
-            matrix[:, : {"y": bottom - top, "x": right - left}[name]], cmap="cividis", aspect="auto", vmin=0
-        )
-        grid[name].set_title(f"$W_{name}$: each bin's weights of the {cells}", fontsize=11)
-        grid[name].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        grid[name].set_xlabel(cells)
-        grid[name].set_ylabel("bins")
-    ratio = roi["sampling_ratio"] or f"{points[0].shape[1]} x {points[1].shape[1]}"
+    box = p.propose["proposals"][[which]]
+    draw_zoom(grid["picture"], p.resized, box, "the proposal in the picture")
+    draw_boxes(grid["picture"], box, PALETTE[5], 2)
+    draw_crop(grid["crop"], project(crop), sampling, bins)
+    result = project(p.align["roi_feats"][which].transpose(1, 2, 0))
+    figure.colorbar(grid["result"].imshow(result, cmap="cividis"), ax=grid["result"], shrink=0.7)
+    grid["result"].set_title(f"result: {bins} x {bins} bins", fontsize=11)
+    draw_matrix(grid["y"], sampling.matrices[1], "y", "rows")
+    draw_matrix(grid["x"], sampling.matrices[0], "x", "columns")
+    points = f"{sampling.points[0].shape[1]} x {sampling.points[1].shape[1]}"
     text = (
-        f"The second network wants {size} x {size} numbers a channel, whatever the box's size. Each bin is the mean "
-        f"of {ratio} points, and each point lies between four cells. Weights of rows times weights of columns: for all "
-        "bins together this is Wy @ crop @ Wx transposed. Colours are the first principal component of "
-        f"{features.shape[0]} channels; the result is what the second network gets."
+        f"The second network wants {bins} x {bins} numbers a channel, whatever the box's size. Each bin is the mean "
+        f"of {points} points, and each point lies between four cells. Weights of rows times weights of columns: for "
+        "all bins together this is Wy @ crop @ Wx transposed. Colours are the first principal component of "
+        f"{crop.shape[2]} channels; the result is what the second network gets."
     )
-    functions = "postprocess.to_cells, sample_points, interpolation_matrices, roi_align"
     return Page("6_roi_align", caption, text, functions, figure)
+
+
+def draw_matrix(axis, matrix, name, cells):
+    """Draw an interpolation matrix."""
+    axis.imshow(matrix, cmap="cividis", aspect="auto", vmin=0)
+    axis.set_title(f"$W_{name}$: each bin's weights of the {cells}", fontsize=11)
+    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    axis.set_xlabel(cells)
+    axis.set_ylabel("bins")
 
 
 def draw_zoom(axis, picture, boxes, title):
@@ -362,19 +379,15 @@ def draw_zoom(axis, picture, boxes, title):
     axis.set_ylim(min(high[1] + margin, height) - 0.5, max(low[1] - margin, 0) - 0.5)
 
 
-def draw_crop(axis, values, corner, points, start, lengths, size):
+def draw_crop(axis, values, sampling, bins):
     """Show a crop of a feature map with the bins and their sample points, in cells of the map."""
     height, width = values.shape
-    axis.imshow(
-        values,
-        cmap="cividis",
-        extent=(corner[0] - 0.5, corner[0] + width - 0.5, corner[1] + height - 0.5, corner[1] - 0.5),
-    )
-    for position in np.linspace(0, 1, size + 1):
-        x, y = start + position * lengths
-        axis.plot([x, x], [start[1], start[1] + lengths[1]], color="white", lw=1)
-        axis.plot([start[0], start[0] + lengths[0]], [y, y], color="white", lw=1)
-    x, y = np.meshgrid(points[0].ravel(), points[1].ravel())
+    (left, _), (top, _) = sampling.cells
+    axis.imshow(values, cmap="cividis", extent=(left - 0.5, left + width - 0.5, top + height - 0.5, top - 0.5))
+    (x1, y1), (x2, y2) = sampling.start, sampling.start + sampling.lengths
+    axis.vlines(np.linspace(x1, x2, bins + 1), y1, y2, color="white", lw=1)
+    axis.hlines(np.linspace(y1, y2, bins + 1), x1, x2, color="white", lw=1)
+    x, y = np.meshgrid(*(points.ravel() for points in sampling.points))
     axis.plot(x.ravel(), y.ravel(), ".", color=PALETTE[5], ms=3)
     axis.set_title("its cells, bins, sample points", fontsize=11)
 
