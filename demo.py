@@ -149,13 +149,15 @@ def load_pair(folder):
 def check_shapes(model1, model2, config, folder):
     """Refuse two networks whose inputs and outputs are not what their metadata says."""
     anchors, roi, levels = config["anchors"], config["roi"], len(config["anchors"]["strides"])
-    maps, (cls, reg), (roi_feats,) = model1.get_outputs(), model2.get_outputs(), model2.get_inputs()
+    maps, outputs, roi_feats = model1.get_outputs(), model2.get_outputs(), model2.get_inputs()[0]
+    if len(maps) != 3 * levels or len(outputs) != 2:
+        raise ModelError(f"the models in {folder} do not fit their metadata, which has {levels} levels: export again")
+    cls, reg = outputs
     classes, boxes = len(config["classes"]), len(anchors["scales"]) * len(anchors["ratios"])
     found = {
         "channels of image": (model1.get_inputs()[0].shape[1], (3,)),
         "levels with a base size": (len(anchors["base_sizes"]), (levels,)),
         "levels for RoIs": (len(roi["strides"]), range(1, levels + 1)),
-        "outputs of model1": (len(maps), (3 * levels,)),
         "objectness logits of a cell": (maps[0].shape[1], (boxes, 2 * boxes)),
         "deltas of a cell": (maps[levels].shape[1], (4 * boxes,)),
         "channels of roi_feats": (roi_feats.shape[1], (maps[-1].shape[1],)),
@@ -291,7 +293,9 @@ def find_pictures(paths):
     """Return the files that the paths (pictures, folders, globs) name, in order, and a line for each that has none."""
     files, problems = [], []
     for path in paths:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+            found, problem = [], f"{path}: this folder may not be read"
+        elif os.path.isdir(path):
             found = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
             problem = f"{path}: no pictures in this folder"
         elif os.path.exists(path):

@@ -21,11 +21,12 @@ import re
 import sys
 from pathlib import Path
 
+import demo  # first, because it sets the limits of cv2
+
+# isort: split
 import cv2
 import numpy as np
 from tqdm import tqdm
-
-import demo
 
 try:
     from pycocotools.coco import COCO
@@ -51,10 +52,21 @@ def read_annotations(path):
         raise
     except Exception as error:  # whatever is wrong with a file, it trips over somewhere
         raise EvaluationError(f"{path} is no annotation file of COCO: {demo.first_line(error)}") from error
-    missing = {"images", "annotations", "categories"} - set(coco.dataset)
-    if missing or not coco.imgs or any("file_name" not in image for image in coco.imgs.values()):
-        what = ", ".join(sorted(missing)) or "images with a file_name"
-        raise EvaluationError(f"{path} is no annotation file of COCO: it has no {what}")
+    fields = {
+        "images": {"id": int, "file_name": str},
+        "categories": {"id": int, "name": str},
+        "annotations": {"image_id": int, "category_id": int, "bbox": list, "area": (int, float), "iscrowd": int},
+    }
+    for kind, expected in fields.items():
+        for entry in coco.dataset.get(kind, [{}]):
+            wrong = [name for name, types in expected.items() if not isinstance(entry.get(name), types)]
+            if wrong:
+                raise EvaluationError(f"{path} is no annotation file of COCO: one of its {kind} has no {wrong[0]}")
+    if not coco.imgs:
+        raise EvaluationError(f"{path} names no pictures")
+    names = [category["name"] for category in coco.cats.values()]
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"{path} has two categories of one name")
     return coco
 
 
@@ -74,24 +86,24 @@ def category_ids(coco, classes):
 
 
 def read_partial(path, header):
-    """Return the records in a partial file, {image_id: record}; of a picture that was tried again, the later one."""
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # cut while it was written
+    """Return the records in a partial file, {image_id: record}."""
     try:
+        lines = path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # cut while it was written
         found, *records = [json.loads(line) for line in lines] or [header]
         records = {record["image_id"]: record for record in records}
     except (ValueError, TypeError, KeyError) as error:
         raise EvaluationError(f"{path} is damaged ({demo.first_line(error)}): delete it") from error
     if found != header:
-        raise EvaluationError(f"{path} is of another model, version or annotation file: name another folder with --out")
+        raise EvaluationError(f"{path} is of another model or annotation file: name another folder with --out")
     return records
 
 
 def open_partial(path, header, resume):
     """Return a partial file, open for more records, and the ids of the pictures that it has detections of."""
     if path.exists() and not resume:
-        raise EvaluationError(f"{path} is there, of a run that was interrupted: go on with --resume, or delete it")
+        raise EvaluationError(f"{path} is there, of an earlier run: go on with --resume, or delete it")
     records = read_partial(path, header).values() if path.exists() else []
     done = [record for record in records if "detections" in record]  # what failed is tried again
     demo.write_file(path, "".join(json.dumps(line) + "\n" for line in [header, *done]).encode())
@@ -102,7 +114,9 @@ def merge(paths, header, images, out):
     """Write detections.json from the partial files of all shards; return the number of pictures that failed."""
     records = {}
     for path in paths:
-        records.update(read_partial(path, header))
+        for image_id, record in read_partial(path, header).items():
+            if "detections" in record or image_id not in records:  # a failure never replaces a result
+                records[image_id] = record
     missing = [image["file_name"] for image in images if image["id"] not in records]
     if missing:
         raise EvaluationError(
@@ -146,7 +160,7 @@ def detect_all(detector, ids, images, done, folder, partial):
             try:
                 found = detector.detect_in(*future.result())
                 record["detections"] = demo.as_coco(found, image["id"], image["file_name"], detector.classes, ids)
-            except (OSError, ValueError, cv2.error) as error:
+            except (demo.ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
                 record["error"] = demo.first_line(error)
                 tqdm.write(f"evaluate.py: {image['file_name']}: {record['error']}", file=sys.stderr)
             partial.write(json.dumps(record) + "\n")
@@ -247,7 +261,10 @@ def run(args):
         with partial:
             detect_all(detector, ids, images[shard - 1 :: shards], done, args.folder, partial)
     if shards > 1:
-        failures = sum("error" in record for record in read_partial(path, header).values())
+        records = read_partial(path, header)
+        if any(image["id"] not in records for image in images[shard - 1 :: shards]):
+            raise EvaluationError(f"{path} lacks pictures: did two processes write it at once? Go on with --resume")
+        failures = sum("error" in record for record in records.values())
         print(f"shard {shard}/{shards}: {path}; when all shards are done, evaluate with --merge")
     else:
         paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
@@ -257,7 +274,8 @@ def run(args):
         if args.per_class:
             print_class_precision(coco, evaluation)
         print(f"written: {args.out / 'detections.json'}")
-        path.unlink(missing_ok=True)
+        if path.exists() and not failures:  # with it, --resume tries only the failed ones again
+            path.unlink()
     if failures:
         print(f"evaluate.py: {failures} pictures failed; they count as empty", file=sys.stderr)
     return 1 if failures else 0

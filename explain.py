@@ -2,7 +2,7 @@
 
 python explain.py PICTURE      into the folder output/: 1_input.png to 9_result.png, and index.html with all of them
 
-Exit status: 0 all well, 2 nothing could be done.
+Exit status: 0 all well, 2 nothing could be done, 130 interrupted.
 """
 
 import argparse
@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import demo  # first, because it sets the limits of cv2
+
+# isort: split
 import cv2
 import numpy as np
 
-import demo
 from postprocess import (
     decode_boxes,
     grid_anchors,
@@ -60,6 +62,7 @@ class Pipeline:
         self.detections = detector(image, self.record)
         self.config = detector.config
         self.strides = self.config["anchors"]["strides"]
+        self.classes = [name.replace("$", r"\$") for name in detector.classes]  # between two, matplotlib reads TeX
         settings = self.config["preprocess"]
         pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings["std"]) + settings["mean"]
         self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings["to_rgb"] else -1]
@@ -216,7 +219,7 @@ def draw_objectness(p):
         axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
     add_score_bar(figure, list(axes), "objectness")
     text = (
-        "The first network gives every anchor a logit; its sigmoid is the objectness, without saying of what class. "
+        "The first network gives every anchor a logit; from it comes its objectness, without saying of what class. "
         "Shown is the best anchor of each cell. Small things light up on fine levels, large ones on coarse levels."
     )
     return Page("3_objectness", caption, text, "model1.onnx, postprocess.objectness", figure)
@@ -239,8 +242,9 @@ def draw_proposals(p, shown=60):
     add_score_bar(figure, list(axes), "objectness")
     settings = p.config["rpn"]
     counts = np.bincount(stage["levels"], minlength=len(p.strides)) if before else []
+    how_many = f"The best {settings['nms_pre']}" if settings["nms_pre"] > 0 else "All"
     text = (
-        f"The best {settings['nms_pre']} anchors of each level are moved and scaled by the deltas that the network "
+        f"{how_many} anchors of each level are moved and scaled by the deltas that the network "
         f"predicts for them ({', '.join(map(str, counts))} by level). They crowd around objects: NMS keeps the best "
         f"and removes what overlaps it by an IoU above {settings['iou_threshold']}; {after:,} go on. Drawn are the "
         f"best {shown} of each level, and those of them that stay."
@@ -416,7 +420,7 @@ def draw_head(p, shown=4):
         for corner in ([0, 1], [2, 3], [0, 3], [2, 1]):
             arrow = {"arrowstyle": "->", "color": "black", "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
             above.annotate("", after[corner], before[corner], arrowprops=arrow)
-        draw_class_scores(below, softmax(p.model2["cls"][which]), [*p.detector.classes, "background"], colour)
+        draw_class_scores(below, softmax(p.model2["cls"][which]), [*p.classes, "background"], colour)
     text = (
         "The second network sees only the pooled features of a proposal. It answers with a score for every class and "
         "for the background (softmax), and with four deltas for every class, which move the box once more. Shown are "
@@ -489,7 +493,10 @@ def draw_nms(p, shown=12):
     removed, by, iou = removers(p)
     which = at_most(by, 2)[:shown]
     before, after = len(stage["candidates"]), len(stage["kept"])
-    caption = f"8  NMS class by class: {before:,} boxes above the score threshold, {after:,} stay"
+    settings = p.config["rcnn"]
+    how = "NMS of all classes" if settings.get("nms_class_agnostic") else "NMS class by class"
+    how = f"Soft-{how}" if "soft_min_score" in settings else how
+    caption = f"8  {how}: {before:,} boxes above the score threshold, {after:,} stay"
     figure = new_figure(caption, max(panel_height(p.image, 1.8), 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     show(left, p.image[..., ::-1], "solid: stays; dashed: removed", fade=0.4)
@@ -502,10 +509,11 @@ def draw_nms(p, shown=12):
     else:
         nothing(right, "NMS removed nothing")
         right.axis("off")
+    fate = "lowers the scores of those" if "soft_min_score" in settings else "removes those"
     text = (
-        f"Several proposals end on the same object. Class by class, NMS keeps the best box and removes those whose "
-        f"IoU with it is above {threshold}: here {len(removed):,}. Shown are those with the least IoU, at most two for "
-        "each box that stays, in its colour."
+        f"Several proposals end on the same object. {how} keeps the best box and {fate} whose IoU with it is above "
+        f"{threshold}; here {len(removed):,} of them are not among the detections. Shown are those with the least IoU, "
+        "at most two for each box that stays, in its colour."
     )
     return Page("8_nms", caption, text, "postprocess.batched_nms, postprocess.nms", figure)
 
@@ -515,7 +523,7 @@ def draw_overlaps(axis, p, removed, by, iou, colours):
     scores, labels = p.detect["scores"], p.detect["labels"]
     rows = np.arange(len(removed))[::-1]
     axis.barh(rows, iou, color=[colours[keeper] for keeper in by])
-    classes = p.detector.classes
+    classes = p.classes
     names = [f"{classes[labels[i]]} {scores[i]:.3f}, by {scores[k]:.3f}" for i, k in zip(removed, by)]
     axis.set_yticks(rows, names, fontsize=9)
     axis.set_xlim(0, 1)
@@ -529,7 +537,7 @@ def draw_result(p):
     caption = (
         f"9  Result: {len(p.detections.boxes)} detections, {len(shown.boxes)} with a score of at least {SHOWN_SCORE}"
     )
-    scale = max(1, WIDTH * DPI / p.image.shape[1])  # draw on a picture as large as it will be shown
+    scale = max(1, WIDTH * DPI / max(p.image.shape[:2]))  # draw on a picture as large as it will be shown
     image = cv2.resize(p.image, None, fx=scale, fy=scale) if scale > 1 else p.image
     large = shown._replace(boxes=shown.boxes * np.float32(scale))
     figure = new_figure(caption, panel_height(p.image, 1.1))
@@ -607,9 +615,12 @@ def main(arguments=None):
         if mpl is None:
             raise demo.ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
         pages = explain(demo.FasterRCNN(args.model), args.picture, args.out)
-    except (demo.ModelError, OSError, ValueError, cv2.error) as error:
+    except (demo.ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
         print(f"explain.py: {demo.first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("explain.py: interrupted", file=sys.stderr)
+        return 130
     for page in pages:
         print(page.caption)
     print(f"written: {args.out / '1_input.png'} to {args.out / '9_result.png'}, {args.out / 'index.html'}")

@@ -153,12 +153,15 @@ def load_weights(detector, checkpoint, path):
 
 def class_names(cfg, checkpoint, num_classes):
     """Return the names of the classes, from the checkpoint or else from the config's dataset."""
-    names = (checkpoint.get("meta") or {}).get("CLASSES") or cfg.data.test.get("classes")
+    meta = checkpoint.get("meta")
+    names = (meta.get("CLASSES") if isinstance(meta, dict) else None) or cfg.data.test.get("classes")
     if isinstance(
         names, str
     ):  # a file with a name a line, as MMDetection reads it; or, in a checkpoint, the only class
         names = mmcv.list_from_file(names) if Path(names).is_file() else [names]
     names = list(names or getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or [])
+    if not all(isinstance(name, str) for name in names):
+        raise ExportError("the names of the classes are not all text: set data.test.classes")
     if len(names) != num_classes:
         raise ExportError(f"the model has {num_classes} classes, but {len(names)} names: set data.test.classes")
     return names
@@ -172,20 +175,24 @@ def load_detector(config, checkpoint_path, trust=False):
         raise ExportError(f"{config} cannot be read: {demo.first_line(error)}") from error
     if cfg.get("model", {}).get("type") != "FasterRCNN":
         raise ExportError(f"{config}: model.type is {cfg.get('model', {}).get('type')}, not FasterRCNN")
-    cfg.model.pretrained = None
-    if "init_cfg" in cfg.model.backbone:
-        cfg.model.backbone.init_cfg = None
-    cfg.model.train_cfg = None
     try:
+        cfg.model.pretrained = None
+        if "init_cfg" in cfg.model.backbone:
+            cfg.model.backbone.init_cfg = None
+        cfg.model.train_cfg = None
         detector = revert_sync_batchnorm(build_detector(cfg.model, test_cfg=cfg.get("test_cfg")))
     except Exception as error:
         raise ExportError(f"{config}: MMDetection cannot build its model: {demo.first_line(error)}") from error
-    check_supported(detector)
-    describe_preprocessing(cfg)  # refuses what does not fit before the work begins
-    checkpoint = load_checkpoint(checkpoint_path, trust)
-    load_weights(detector, checkpoint, checkpoint_path)
-    detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes)
-    detector.cfg = cfg
+    try:
+        check_supported(detector)
+        describe_preprocessing(cfg)  # refuses what does not fit before the work begins
+        checkpoint = load_checkpoint(checkpoint_path, trust)
+        load_weights(detector, checkpoint, checkpoint_path)
+        detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes)
+        detector.cfg = cfg
+        describe(detector, {})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ExportError(f"{config} lacks what export.py needs: {demo.first_line(error)}") from error
     return detector.eval()
 
 
@@ -562,6 +569,7 @@ def export(config, checkpoint, out, opset=13, trust=False, picture=HERE / "asset
     }
     try:
         image = demo.read_picture(picture)
+        demo.preprocess(image, **describe_preprocessing(detector.cfg))
     except ValueError as error:
         raise ExportError(f"{picture}: {error}") from error
     out = Path(out)

@@ -74,8 +74,10 @@ def normalise(batch_norm, inputs):
 
 
 def scale_to_unit(convolution, inputs, output):
-    """Scale a convolution of maps, and its output with it, so that the output has a deviation of 1."""
-    factor = 1 / output.std() if output[0, 0].numel() > 1 else 1
+    """Scale a convolution of maps, and its output with it, so that the output has a deviation of 1, if it has any."""
+    if output[0, 0].numel() == 1 or output.std() == 0:
+        return output
+    factor = 1 / output.std()
     for parameter in convolution.parameters():
         parameter *= factor
     return output * factor

@@ -262,6 +262,72 @@ def test_a_broken_picture_is_skipped_and_tried_again(few, whole, pictures, tmp_p
     assert (out / "detections.json").read_bytes() == whole[1]
 
 
+def test_a_repaired_picture_is_all_that_resume_does(few, whole, pictures, tmp_path, monkeypatch, capsys):
+    arguments, out = few
+    folder, images = tmp_path / "pictures", json.loads(arguments[0].read_text())["images"]
+    folder.mkdir()
+    for image in images[1:]:
+        (folder / image["file_name"]).symlink_to(pictures / "val" / image["file_name"])
+    command_line = [str(arguments[0]), str(folder), "--out", str(out), "--model", str(SHAPES)]
+    assert evaluate.main(command_line) == 1
+    (folder / images[0]["file_name"]).symlink_to(pictures / "val" / images[0]["file_name"])
+    tried, prepare = [], evaluate.prepare
+    monkeypatch.setattr(evaluate, "prepare", lambda path, settings: tried.append(path.name) or prepare(path, settings))
+    assert evaluate.main([*command_line, "--resume"]) == 0
+    assert tried == [images[0]["file_name"]]
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
+def test_a_failure_never_replaces_a_result(few, whole):
+    arguments, out = few
+    assert run_evaluate(*arguments, "--shard", "1/1", "--resume").returncode == 0
+    (out / "detections.json").unlink()
+    for shard in ("1/2", "2/2"):
+        assert run_evaluate(*arguments, "--shard", shard).returncode == 0
+    header, first, *_ = (out / "detections.1-of-2.jsonl").read_text().splitlines()
+    failed = {"image_id": json.loads(first)["image_id"], "error": "unreadable"}
+    (out / "detections.9-of-9.jsonl").write_text(f"{header}\n{json.dumps(failed)}\n")
+    assert run_evaluate(*arguments, "--merge").returncode == 0
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
+def test_a_picture_on_which_the_model_fails_is_skipped(few, monkeypatch, capsys):
+    detect_in = evaluate.demo.FasterRCNN.detect_in
+    calls = []
+
+    def fail_once(self, *prepared):
+        calls.append(1)
+        if len(calls) == 5:
+            raise evaluate.demo.ModelError("NaN")
+        return detect_in(self, *prepared)
+
+    monkeypatch.setattr(evaluate.demo.FasterRCNN, "detect_in", fail_once)
+    assert evaluate.main([*map(str, few[0]), "--model", str(SHAPES)]) == 1
+    assert len(calls) == 24
+    assert "1 pictures failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "word"),
+    [
+        ("annotations", lambda entry: entry.pop("iscrowd"), "iscrowd"),
+        ("annotations", lambda entry: entry.update(area="large"), "area"),
+        ("annotations", lambda entry: entry.pop("bbox"), "bbox"),
+        ("categories", lambda entry: entry.pop("name"), "name"),
+        ("categories", lambda entry: entry.update(name="star"), "two categories"),
+        ("images", lambda entry: entry.update(file_name=7), "file_name"),
+        ("images", lambda entry: entry.update(id="one"), "id"),
+    ],
+)
+def test_annotations_that_lack_something(few, kind, change, word):
+    arguments, out = few
+    content = json.loads(arguments[0].read_text())
+    change(content[kind][0])
+    arguments[0].write_text(json.dumps(content))
+    assert_refused(run_evaluate(*arguments), word)
+    assert not out.exists()
+
+
 def test_broken_pictures_are_named(few, tmp_path):
     arguments, _ = few
     (tmp_path / "empty").mkdir()
@@ -307,10 +373,14 @@ def test_a_partial_file_of_another_run_is_not_mixed(few):
     arguments, out = few
     out.mkdir()
     partial = out / "detections.1-of-1.jsonl"
-    for content, word in (('{"pair": "another", "annotations": ""}\n', "another model"), ("[1\n{}\n", "damaged")):
-        partial.write_text(content)
+    for content, word in (
+        ('{"pair": "another", "annotations": ""}\n', "another model"),
+        ("[1\n{}\n", "damaged"),
+        ("\udcff\n", "damaged"),
+    ):
+        partial.write_bytes(content.encode(errors="surrogateescape"))
         assert_refused(run_evaluate(*arguments, "--resume"), word)
-        assert partial.read_text() == content
+        assert partial.read_bytes() == content.encode(errors="surrogateescape")
 
 
 def test_pycocotools_missing_is_said(few, monkeypatch, capsys):

@@ -149,8 +149,8 @@ def config_where(changes):
         ),
         ({"rcnn.score_threshold": 1.0}, {6: "no class", 7: "0 stay", 8: "0 detections"}),
         ({"rcnn.iou_threshold": 0.999}, {}),
-        ({"rcnn.nms_class_agnostic": True}, {}),
-        ({"rcnn.soft_min_score": 0.001}, {}),
+        ({"rcnn.nms_class_agnostic": True}, {7: "NMS of all classes"}),
+        ({"rcnn.soft_min_score": 0.001}, {7: "Soft-NMS class by class"}),
         ({"roi.sampling_ratio": 2}, {5: "7 x 7"}),
     ],
 )
@@ -161,11 +161,18 @@ def test_where_there_is_little_to_see(tmp_path, changes, words):
         assert word in pages[page].caption
 
 
-@pytest.mark.parametrize("shape", [(120, 90), (20, 700), (700, 20), (1, 1)])
+@pytest.mark.parametrize("shape", [(120, 90), (20, 700), (900, 10), (1, 1)])
 def test_empty_pictures_of_any_shape(tmp_path, shape):
     cv2.imwrite(str(tmp_path / "picture.png"), np.full((*shape, 3), 128, np.uint8))
     pages = explain.explain(demo.FasterRCNN(SHAPES), tmp_path / "picture.png", tmp_path / "out")
     assert_pictures(tmp_path / "out", [page.caption for page in pages])
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    detector = demo.FasterRCNN(SHAPES)
+    detector.classes = [rf"${name}\foo$" for name in detector.classes]
+    pages = explain.explain(detector, PICTURE, tmp_path)
+    assert_pictures(tmp_path, [page.caption for page in pages])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -344,6 +345,37 @@ def test_parts_that_cannot_be_exported_are_named(tmp_path, shapes, capfd, old, n
     assert old in text
     (tmp_path / "config.py").write_text(text.replace(old, new))
     assert_refused(capfd, tmp_path, [str(tmp_path / "config.py"), *shapes[1:]], word)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("data = dict(", "dat = dict("),
+        ("backbone=dict(", "backbon=dict("),
+        ("nms_pre=", "nms_pr="),
+        ("min_bbox_size=", "min_box_size="),
+    ],
+)
+def test_a_config_that_lacks_something(tmp_path, shapes, capfd, old, new):
+    text = (SHAPES / "config.py").read_text()
+    assert old in text
+    (tmp_path / "config.py").write_text(text.replace(old, new))
+    assert_refused(capfd, tmp_path, [str(tmp_path / "config.py"), *shapes[1:]], "config.py")
+
+
+@pytest.mark.parametrize("meta", ["text", {"CLASSES": 7}, {"CLASSES": [1, 2, 3, 4, 5, 6]}])
+def test_a_checkpoint_whose_meta_is_none(tmp_path, shapes, capfd, meta):
+    checkpoint = torch.load(SHAPES / "shapes.pth", weights_only=True)
+    torch.save({**checkpoint, "meta": meta}, tmp_path / "weights.pth")
+    if meta == "text":
+        assert len(export.load_detector(SHAPES / "config.py", tmp_path / "weights.pth").CLASSES) == 6
+    else:
+        assert_refused(capfd, tmp_path, [shapes[0], str(tmp_path / "weights.pth"), *shapes[2:]], "")
+
+
+def test_a_picture_too_thin_to_compare_on(tmp_path, shapes, capfd):
+    cv2.imwrite(str(tmp_path / "thin.png"), np.zeros((3, 5000, 3), np.uint8))
+    assert_refused(capfd, tmp_path, [*shapes, "--picture", str(tmp_path / "thin.png")], "thin.png", "too thin")
 
 
 def test_a_config_without_a_checkpoint():

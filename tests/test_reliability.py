@@ -151,6 +151,20 @@ def test_a_full_disk(tmp_path):
     assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("shapes.png", "the old one")]
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_permissions(tmp_path):
+    picture, folder = tmp_path / "picture.png", tmp_path / "closed"
+    picture.write_bytes(PICTURE.read_bytes())
+    picture.chmod(0)
+    result = run_on(tmp_path, picture, PICTURE)
+    assert result.returncode == 1
+    assert "ermission denied" in result.stderr
+    folder.mkdir(mode=0o500)
+    result = run_demo(PICTURE, "--model", SHAPES, "--out", folder)
+    assert result.returncode == 2
+    assert "ermission denied" in result.stderr
+
+
 def test_an_output_folder_that_cannot_be(tmp_path):
     (tmp_path / "out").write_text("a file")
     result = run_on(tmp_path, PICTURE)
@@ -209,7 +223,8 @@ def change_metadata(section, key, value):
         ("preprocess", "to_rgb", 1, ["preprocess.to_rgb", "true or false"]),
         ("preprocess", "rotate", 90, ["preprocess", "unknown", "rotate"]),
         ("anchors", "strides", [], ["anchors.strides"]),
-        ("anchors", "strides", [4, 8], ["fit"]),
+        ("anchors", "strides", [4, 8], ["fit", "2 levels"]),
+        ("anchors", "strides", [4] * 20, ["fit", "20 levels"]),
         ("anchors", "ratios", [1.0], ["objectness logits"]),
         ("anchors", "scales", float("nan"), ["anchors.scales"]),
         ("rpn", "nms_pre", 1.5, ["rpn.nms_pre", "whole number"]),
@@ -255,6 +270,17 @@ def test_outputs_that_are_not_finite_are_named(tmp_path, network, weight, output
     assert result.returncode == 2
     assert_one_line(result.stderr, "NaN or infinity", output)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_weights_in_another_file_that_is_not_there(tmp_path):
+    model = copy_model(tmp_path / "model", lambda text, name: text)
+    network = onnx.load(str(model / "model1.onnx"))
+    onnx.save(network, str(model / "model1.onnx"), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert len(demo.FasterRCNN(model).classes) == 6  # with it, all is well
+    (model / "weights.bin").unlink()
+    result = run_demo(PICTURE, "--model", model, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "model1.onnx", "weights.bin")
 
 
 # ------------------------------------------------------------------ the same answer, always

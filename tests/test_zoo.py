@@ -83,9 +83,10 @@ KNOBS = {  # changes of it, each alone
     "Soft-NMS, min_score": {
         "model.test_cfg.rcnn.nms": {**SOFT, "min_score": 0.15},
         "model.test_cfg.rcnn.score_thr": 0.2,
+        "model.test_cfg.rcnn.max_per_img": 1000,
     },
     "picture's scale": {"data.test.pipeline.1.img_scale": (300, 250)},
-    "pad divisor": {"data.test.pipeline.1.transforms.3.size_divisor": 64},
+    "pad divisor": {"data.test.pipeline.1.transforms.3.size_divisor": 80},
     "keep_ratio": {f"{RESIZE}.keep_ratio": False},
     "BGR": {
         "data.test.pipeline.1.transforms.2": {
