@@ -124,6 +124,8 @@ def merge(paths, header, images, out):
             "run the shards that are missing, and those that were interrupted with --resume"
         )
     entries = [entry for image in images for entry in records[image["id"]].get("detections", [])]
+    if not entries:
+        raise EvaluationError("nothing was detected in any picture, so there is nothing to evaluate")
     demo.write_file(out / "detections.json", ("[" + ",\n".join(map(json.dumps, entries)) + "]\n").encode())
     return sum("error" in record for record in records.values())
 
@@ -174,10 +176,7 @@ def detect_all(detector, ids, images, done, folder, partial):
 def evaluate(coco, path):
     """Return pycocotools' evaluation of the results in a file."""
     with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            evaluation = COCOeval(coco, coco.loadRes(str(path)), "bbox")
-        except IndexError as error:  # of an empty list
-            raise EvaluationError("nothing was detected in any picture, so there is nothing to evaluate") from error
+        evaluation = COCOeval(coco, coco.loadRes(str(path)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation

@@ -615,8 +615,11 @@ def main(arguments=None):
         if mpl is None:
             raise demo.ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
         pages = explain(demo.FasterRCNN(args.model), args.picture, args.out)
-    except (demo.ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
+    except (demo.ModelError, OSError) as error:
         print(f"explain.py: {demo.first_line(error)}", file=sys.stderr)
+        return 2
+    except (ValueError, MemoryError, cv2.error) as error:
+        print(f"explain.py: {args.picture}: {demo.first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("explain.py: interrupted", file=sys.stderr)
