@@ -33,7 +33,10 @@ FORMAT, TYPE = 1, "faster_rcnn"  # of the metadata that this file reads
 PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 TEXT, FLAG, NUMBER, INTEGER, COUNT = "a text", "true or false", "a number", "a whole number", "a count"
-METADATA = {  # what has to be in it; [X] is a list of X, [X, X] of two; a key with "?" may be missing
+METADATA = {  # what has to be in it; [X] is a list of X, [X, X] of two, None anything; a key with "?" may be missing
+    "format": INTEGER,
+    "type": TEXT,
+    "source?": None,
     "pair": TEXT,
     "classes": [TEXT],
     "preprocess": {
@@ -195,7 +198,7 @@ def read_metadata(path, session):
     found = {key: config.get(key) for key in ("format", "type")} if isinstance(config, dict) else config
     if found != {"format": FORMAT, "type": TYPE}:
         raise ModelError(f"{path} is {found}; this demo.py reads format {FORMAT}, type {TYPE!r}")
-    problem = find_problem("detector", config, {**METADATA, "format": INTEGER, "type": TEXT, "source?": None})
+    problem = find_problem("detector", config, METADATA)
     if problem:
         raise ModelError(f"{path}: its metadata is damaged: {problem}: export again")
     return config

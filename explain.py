@@ -100,13 +100,13 @@ def panel_height(picture, columns, rows=1):
     return np.clip(WIDTH / columns * height / width, 1.6, 7) * rows + 0.4 + 0.25 * rows
 
 
-def draw_boxes(axis, boxes, colours, width=1.5, style="solid", alpha=1.0):
+def draw_boxes(axis, boxes, colours, width=1.5, style="solid"):
     """Draw boxes [n, 4]; colours: one, or n."""
     if len(boxes):
         x1, y1, x2, y2 = np.asarray(boxes).T
         corners = np.stack([x1, y1, x2, y1, x2, y2, x1, y2], axis=1).reshape(-1, 4, 2)
         axis.add_collection(PolyCollection(corners, facecolors="none", edgecolors=colours, linewidths=width,
-                                           linestyles=style, alpha=alpha))  # fmt: skip
+                                           linestyles=style))  # fmt: skip
 
 
 def colours_of_scores(scores):
@@ -464,7 +464,7 @@ def draw_class_scores(axis, scores, classes, colour):
 def removers(p):
     """Return the candidates that NMS removed, for each the kept one that removed it, and their IoU; the least first.
 
-    Of a class all in the same place: candidates of other classes never meet, unless NMS is class-agnostic.
+    Only candidates of one class can remove each other, unless NMS is class-agnostic.
     """
     stage, settings = p.detect, p.config["rcnn"]
     kept = stage["kept"]
