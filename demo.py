@@ -3,8 +3,9 @@
 python demo.py                      the bundled picture
 python demo.py PATH ...             pictures, folders or globs
 
-Writes the annotated pictures and detections.json to the folder --out. Exit status: 0 all well, 1 some
-pictures failed and the rest was done, 2 nothing could be done, 130 interrupted.
+Writes the annotated pictures and detections.json to the folder --out. Of an animation the first picture is
+taken. Exit status: 0 all well, 1 some pictures failed and the rest was done, 2 nothing could be done, 130
+interrupted.
 """
 
 import argparse
@@ -32,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 FORMAT, TYPE = 1, "faster_rcnn"  # of the metadata that this file reads
 PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
-TEXT, FLAG, NUMBER, INTEGER, COUNT = "a text", "true or false", "a number", "a whole number", "a count"
+TEXT, FLAG, NUMBER, INTEGER, COUNT = "a printable text", "true or false", "a number", "a whole number", "a count"
 METADATA = {  # what has to be in it; [X] is a list of X, [X, X] of two, None anything; a key with "?" may be missing
     "format": INTEGER,
     "type": TEXT,
@@ -193,7 +194,7 @@ def read_metadata(path, session):
         raise ModelError(f"{path} was not written by export.py: it has no metadata 'detector'")
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: its metadata 'detector' is not JSON ({error}): export again") from error
     found = {key: config.get(key) for key in ("format", "type")} if isinstance(config, dict) else config
     if found != {"format": FORMAT, "type": TYPE}:
@@ -216,7 +217,7 @@ def find_problem(name, value, expected):
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6  # nor NaN
     fits = {
         None: True,
-        TEXT: isinstance(value, str),
+        TEXT: isinstance(value, str) and value.isprintable(),
         FLAG: isinstance(value, bool),
         NUMBER: number,
         INTEGER: number and isinstance(value, int),
@@ -242,8 +243,11 @@ def preprocess(image, scale, mean, std, to_rgb, pad_divisor, keep_ratio=True):
 
     scale: the longest a long side and a short side may get; without keep_ratio, the width and height.
     Returns the blob [1, 3, H, W] float32, the size (height, width) of the picture in it (the rest of it, right
-    and below, is zero), and the factors [4] by which x, y, x, y were multiplied.
+    and below, is zero), and the factors [4] by which x, y, x, y were multiplied. ValueError if it is no image, or so
+    thin that nothing would be left of it.
     """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
+        raise ValueError("the image is not what cv2.imread returns for a picture: [h, w, 3] uint8")
     height, width = image.shape[:2]
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     size = (int(width * factor + 0.5), int(height * factor + 0.5)) if keep_ratio else tuple(scale)
@@ -297,17 +301,17 @@ def find_pictures(paths):
     files, problems = [], []
     for path in paths:
         if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
-            found, problem = [], f"{path}: this folder may not be read"
+            found, problem = [], "this folder may not be read"
         elif os.path.isdir(path):
             found = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-            problem = f"{path}: no pictures in this folder"
+            problem = "no pictures in this folder"
         elif os.path.exists(path):
             found, problem = [path], None
         else:
-            found, problem = sorted(glob.glob(path, recursive=True)), f"{path}: no such file"
+            found, problem = sorted(glob.glob(path, recursive=True)), "no such file"
         files += found
         if not found:
-            problems.append(problem)
+            problems.append(f"{printable(path)}: {problem}")
     return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], problems
 
 
@@ -317,16 +321,21 @@ def colour_of(label):
     return tuple(int(c) for c in cv2.cvtColor(np.uint8([[[hue, 200, 235]]]), cv2.COLOR_HSV2BGR)[0, 0])
 
 
+def drawable_names(classes):
+    """Return the names of the classes as OpenCV can draw them: where its font lacks a letter, the class's number."""
+    return [name if name.isascii() else f"class {number}" for number, name in enumerate(classes, 1)]
+
+
 def draw(image, detections, classes):
     """Return a copy of the image [h, w, 3] with each detection's box, class and score, the best on top."""
-    image = image.copy()
+    image, names = image.copy(), drawable_names(classes)
     height, width = image.shape[:2]
     line = max(1, round(min(height, width) / 300))
     for box, _, label in reversed(list(zip(*detections))):
         x1, y1, x2, y2 = np.clip(box, 0, [width - 1, height - 1] * 2).round().astype(int).tolist()
         cv2.rectangle(image, (x1, y1), (x2, y2), colour_of(label), line)
     for box, score, label in reversed(list(zip(*detections))):
-        draw_label(image, box, f"{classes[label]} {score:.2f}", colour_of(label))
+        draw_label(image, box, f"{names[label]} {score:.2f}", colour_of(label))
     return image
 
 
@@ -349,7 +358,7 @@ def draw_label(image, box, text, colour):
 
 def write_file(path, data):
     """Write bytes to a file that has its name only once it is whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".partial", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
         try:
             file.write(data)
             file.close()
@@ -448,7 +457,7 @@ def run(detector, files, out, score_threshold, show):
         if names:
             write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
             print(watch.summary(len(names)))
-            pictures = out / (names[0] if len(files) == 1 else "*.png")
+            pictures = printable(out / (names[0] if len(files) == 1 else "*.png"))
             print(f"{len(names)} annotated, {len(entries)} detections: {pictures}, {out / 'detections.json'}")
     return failures
 
@@ -463,9 +472,17 @@ def detect_and_draw(detector, path, out, taken, score_threshold, show, watch):
     annotated, name = draw(image, detections, detector.classes), free_name(path, taken)
     write_file(out / name, cv2.imencode(".png", annotated)[1].tobytes())
     if show:
-        cv2.imshow(name, annotated)
+        cv2.imshow(printable(name), annotated)
         cv2.waitKey()
     return detections, name
+
+
+def read_score(text):
+    """Return a score, 0 to 1, that stands on the command line."""
+    score = float(text)
+    if not 0 <= score <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return score
 
 
 def read_arguments(arguments):
@@ -492,12 +509,15 @@ def read_arguments(arguments):
     parser.add_argument(
         "--score-thr",
         metavar="S",
-        type=float,
+        type=read_score,
         default=0.3,
         help="lowest score that is drawn and written (default: 0.3)",
     )
     parser.add_argument("--show", action="store_true", help="show each picture in a window until a key is pressed")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.show and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        parser.error("--show needs a display, and the environment names none")
+    return args
 
 
 def main(arguments=None):
@@ -525,4 +545,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
     sys.exit(main())

@@ -58,7 +58,7 @@ def read_annotations(path):
         "annotations": {"image_id": int, "category_id": int, "bbox": list, "area": (int, float), "iscrowd": int},
     }
     for kind, expected in fields.items():
-        for entry in coco.dataset.get(kind, [{}]):
+        for entry in coco.dataset.get(kind, [] if kind == "annotations" else [{}]):  # the test sets of COCO have none
             wrong = [name for name, types in expected.items() if not isinstance(entry.get(name), types)]
             if wrong:
                 raise EvaluationError(f"{path} is no annotation file of COCO: one of its {kind} has no {wrong[0]}")
@@ -93,10 +93,10 @@ def read_partial(path, header):
             lines.pop()  # cut while it was written
         found, *records = [json.loads(line) for line in lines] or [header]
         records = {record["image_id"]: record for record in records}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise EvaluationError(f"{path} is damaged ({demo.first_line(error)}): delete it") from error
     if found != header:
-        raise EvaluationError(f"{path} is of another model or annotation file: name another folder with --out")
+        raise EvaluationError(f"{path} is of another model, annotation file or folder of pictures: name another --out")
     return records
 
 
@@ -200,6 +200,18 @@ def print_class_precision(coco, evaluation):
         print(f"{coco.cats[category]['name']:{width}}  " + "  ".join(f"{average:.3f}" for average in averages))
 
 
+def report(coco, path, per_class):
+    """Print the twelve numbers of the results in a file and, if wanted, a line for each class."""
+    if coco.anns:
+        evaluation = evaluate(coco, path)
+        evaluation.summarize()  # prints them
+        if per_class:
+            print_class_precision(coco, evaluation)
+    else:
+        print("the annotation file has no annotations, so there is nothing to measure")
+    print(f"written: {path}")
+
+
 # ---------------------------------------------------------------------- the command line
 
 
@@ -251,7 +263,11 @@ def run(args):
     detector = demo.FasterRCNN(args.model)
     ids = category_ids(coco, detector.classes)
     print(f"model: {args.model} ({len(detector.classes)} classes), {len(images)} pictures in {args.annotations}")
-    header = {"pair": detector.config["pair"], "annotations": hashlib.sha256(args.annotations.read_bytes()).hexdigest()}
+    header = {
+        "pair": detector.config["pair"],
+        "annotations": hashlib.sha256(args.annotations.read_bytes()).hexdigest(),
+        "folder": args.folder.resolve().name,  # not where it is: another machine may have it elsewhere
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     shard, shards = args.shard
     path = args.out / f"detections.{shard}-of-{shards}.jsonl"
@@ -268,11 +284,7 @@ def run(args):
     else:
         paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
         failures = merge(paths, header, images, args.out)
-        evaluation = evaluate(coco, args.out / "detections.json")
-        evaluation.summarize()  # prints the twelve numbers
-        if args.per_class:
-            print_class_precision(coco, evaluation)
-        print(f"written: {args.out / 'detections.json'}")
+        report(coco, args.out / "detections.json", args.per_class)
         if path.exists() and not failures:  # with it, --resume tries only the failed ones again
             path.unlink()
     if failures:
@@ -294,4 +306,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
     sys.exit(main())

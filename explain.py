@@ -62,7 +62,8 @@ class Pipeline:
         self.detections = detector(image, self.record)
         self.config = detector.config
         self.strides = self.config["anchors"]["strides"]
-        self.classes = [name.replace("$", r"\$") for name in detector.classes]  # between two, matplotlib reads TeX
+        names = demo.drawable_names(detector.classes)
+        self.classes = [name.replace("$", r"\$") for name in names]  # between two, matplotlib reads TeX
         settings = self.config["preprocess"]
         pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings["std"]) + settings["mean"]
         self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings["to_rgb"] else -1]
@@ -597,7 +598,7 @@ def explain(detector, path, out):
     out.mkdir(parents=True, exist_ok=True)
     for page, png in zip(pages, pngs):
         demo.write_file(out / f"{page.name}.png", png)
-    demo.write_file(out / "index.html", as_html(Path(path).name, pages, pngs).encode())
+    demo.write_file(out / "index.html", as_html(demo.printable(Path(path).name), pages, pngs).encode())
     return pages
 
 
@@ -619,7 +620,7 @@ def main(arguments=None):
         print(f"explain.py: {demo.first_line(error)}", file=sys.stderr)
         return 2
     except (ValueError, MemoryError, cv2.error) as error:
-        print(f"explain.py: {args.picture}: {demo.first_line(error)}", file=sys.stderr)
+        print(f"explain.py: {demo.printable(args.picture)}: {demo.first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("explain.py: interrupted", file=sys.stderr)
@@ -631,4 +632,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
     sys.exit(main())

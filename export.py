@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import warnings
@@ -44,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
 DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{DEFAULT_CONFIG}/{DEFAULT_CHECKPOINT}"
+STALL = 60  # seconds without a byte after which the download is given up
 OUTPUT_TOLERANCE, BOX_TOLERANCE, SCORE_TOLERANCE = 1e-4, 1e-2, 1e-4  # boxes in pixels
 
 
@@ -99,11 +101,13 @@ def fetch_default_checkpoint():
         return path
     print(f"downloading {CHECKPOINT_URL}")
     hash_prefix = path.stem.rsplit("-", 1)[1]
+    socket.setdefaulttimeout(STALL)  # torch.hub sets none, and would wait forever
     try:
         torch.hub.download_url_to_file(CHECKPOINT_URL, str(path), hash_prefix)
     except (OSError, RuntimeError) as error:  # no network, a full disk; a wrong hash
         raise ExportError(
-            f"the download failed ({demo.first_line(error)}): get {CHECKPOINT_URL} by other means and put it at {path}"
+            f"the download failed ({demo.first_line(error)}): "
+            f"try again, or get {CHECKPOINT_URL} by other means and put it at {path}"
         ) from error
     return path
 
@@ -171,7 +175,7 @@ def load_detector(config, checkpoint_path, trust=False):
     """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
     try:
         cfg = mmcv.Config.fromfile(str(config))
-    except Exception as error:  # a config is Python: anything can be wrong with it
+    except (Exception, SystemExit) as error:  # a config is Python: anything can be wrong with it
         raise ExportError(f"{config} cannot be read: {demo.first_line(error)}") from error
     if cfg.get("model", {}).get("type") != "FasterRCNN":
         raise ExportError(f"{config}: model.type is {cfg.get('model', {}).get('type')}, not FasterRCNN")
@@ -491,7 +495,7 @@ def largest_differences(module, session, inputs):
 
 
 def verify_outputs(detector, pair, blob, roi_feats):
-    """Print a line for every output of both networks, on inputs that a picture gave; return whether all are True."""
+    """Print a line for every output of both networks, on inputs that a picture gave; return the names of the False."""
     divisor = pair.config["preprocess"]["pad_divisor"]
     whole = torch.from_numpy(blob)
     half = whole[..., ::2, ::2].transpose(2, 3)  # another size, upright where the first one lies
@@ -500,9 +504,10 @@ def verify_outputs(detector, pair, blob, roi_feats):
     rows = largest_differences(Model1(detector), pair.model1, [half, whole])
     roi_feats = torch.from_numpy(roi_feats)
     rows += largest_differences(Model2(detector), pair.model2, [roi_feats[:7], roi_feats[:100]])
-    for name, (shape, difference) in zip([*output_names(detector), "cls", "reg"], rows):
+    names = [*output_names(detector), "cls", "reg"]
+    for name, (shape, difference) in zip(names, rows):
         print(f"{name:8} {shape!s:22} {difference:.1e}  {difference < OUTPUT_TOLERANCE}")
-    return all(difference < OUTPUT_TOLERANCE for _, difference in rows)
+    return [name for name, (_, difference) in zip(names, rows) if not difference < OUTPUT_TOLERANCE]
 
 
 def reference_detections(detector, image):
@@ -547,15 +552,16 @@ def verify_detections(ours, reference):
 
 
 def verify(detector, pair, image):
-    """Compare every output of both networks, and the detections in an image; return whether all are True."""
+    """Compare every output of both networks, and the detections in an image; return the names of what differs."""
     stages = {}
     ours = pair(image, lambda stage, **arrays: stages.update(arrays))
     if len(stages["proposals"]) == 0:
         raise ExportError(
             "the RPN proposes nothing in the picture, so model2 cannot be compared: name another --picture"
         )
-    outputs_equal = verify_outputs(detector, pair, stages["blob"], stages["roi_feats"])
-    return verify_detections(ours, reference_detections(detector, image)) and outputs_equal
+    different = verify_outputs(detector, pair, stages["blob"], stages["roi_feats"])
+    equal = verify_detections(ours, reference_detections(detector, image))
+    return different if equal else [*different, "detections"]
 
 
 def export(config, checkpoint, out, opset=13, trust=False, picture=HERE / "asset" / "shapes.png"):
@@ -577,8 +583,12 @@ def export(config, checkpoint, out, opset=13, trust=False, picture=HERE / "asset
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         write_pair(detector, Path(folder), source, opset)
         pair = demo.FasterRCNN(folder)
-        if not verify(detector, pair, image):
-            print(f"export.py: ONNX Runtime and PyTorch differ: nothing was written to {out}", file=sys.stderr)
+        different = verify(detector, pair, image)
+        if different:
+            names = ", ".join(different)
+            print(
+                f"export.py: ONNX Runtime and PyTorch differ in {names}: nothing was written to {out}", file=sys.stderr
+            )
             return False
         for name in ("model1.onnx", "model2.onnx"):
             os.replace(Path(folder) / name, out / name)
@@ -629,4 +639,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
+    sys.unraisablehook = lambda _: None  # mmcv forgets a temporary file when a config fails, and Python would tell
     sys.exit(main())

@@ -3,8 +3,8 @@
 uv run --extra export --with atheris tests/fuzz.py -max_total_time=120 -len_control=0 -max_len=300
 
 Each input is, in turn, a change of the metadata of the bundled model (read, and if it is accepted, used on a picture)
-or the bytes of a picture, through the whole of FasterRCNN. Only the documented exceptions may come out. The options
-are libFuzzer's; atheris is no dependency of the project.
+or the bytes of a picture, through the whole of demo.py: read, detected in, drawn and written. Only the documented
+exceptions may come out. The options are libFuzzer's; atheris is no dependency of the project.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ METADATA = DETECTOR.config
 IMAGE = cv2.imread(str(ROOT / "asset" / "shapes.png"))[:160, :160]
 SUFFIXES = (".png", ".jpg", ".bmp", ".webp", ".tiff", ".gif")
 SEEDS = [cv2.imencode(suffix, IMAGE[::4, ::4])[1].tobytes() for suffix in SUFFIXES]
-VALUES = (None, True, -1, 0, 1, 2, 0.5, -3.5, 1e5, 1e300, float("nan"), "", "circle", [], [1], [0, 0, 0, 0], {}, [[]])
+NUMBERS = (-1, 0, 1, 2, 0.5, -3.5, 1e5, 1e300, float("nan"))
+VALUES = (*NUMBERS, None, True, "", "circle", "a\nb", "\u5706", "\ud800", [], [1], [0, 0, 0, 0], {}, [[]])
 ERRORS = (demo.ModelError, ValueError, OSError, MemoryError, cv2.error)  # what demo.py reports in one line
 
 
@@ -65,6 +66,12 @@ def change(provider):
     return text
 
 
+def run_demo(detector, path):
+    """Detect in the picture of a file, draw and write."""
+    with tempfile.TemporaryDirectory() as out:
+        demo.detect_and_draw(detector, path, Path(out), set(), 0, False, demo.Stopwatch())
+
+
 def try_metadata(provider):
     """Read changed metadata and detect with it."""
     config = demo.read_metadata("model1.onnx", Session(change(provider)))
@@ -72,7 +79,7 @@ def try_metadata(provider):
     if max(config["preprocess"]["scale"]) > 600 or config["preprocess"]["pad_divisor"] > 600:
         return  # right, and slow
     demo.load_pair = lambda folder: (DETECTOR.model1, DETECTOR.model2, config)
-    demo.FasterRCNN("changed")(IMAGE)
+    run_demo(demo.FasterRCNN("changed"), ROOT / "asset" / "shapes.png")
 
 
 def try_picture(provider):
@@ -85,7 +92,7 @@ def try_picture(provider):
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         file.write(data)
         file.flush()
-        DETECTOR(demo.read_picture(file.name))
+        run_demo(DETECTOR, file.name)
 
 
 def try_input(data):

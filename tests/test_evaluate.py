@@ -1,6 +1,7 @@
 """evaluate.py: its numbers against MMDetection's, its partial files, and its command line as a process."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,21 @@ def test_shards_merged_equal_the_whole(few, whole):
     assert result.stdout.splitlines()[1:13] == whole[0].splitlines()[1:13]
 
 
+def test_pictures_of_two_folders_are_not_mixed(few, whole, pictures, tmp_path):
+    """The same names in a folder of another name are other pictures; in one of the same name elsewhere, the same."""
+    arguments, out = few
+    assert run_evaluate(*arguments, "--shard", "1/2").returncode == 0
+    for folder in ("foggy", "elsewhere/val"):
+        shutil.copytree(pictures / "val", tmp_path / folder)
+    arguments[1] = tmp_path / "foggy"
+    for options in (["--shard", "1/2", "--resume"], ["--merge"]):
+        assert_refused(run_evaluate(*arguments, *options), "folder of pictures", "--out")
+    arguments[1] = tmp_path / "elsewhere" / "val"
+    assert run_evaluate(*arguments, "--shard", "2/2").returncode == 0
+    assert run_evaluate(*arguments, "--merge").returncode == 0
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "1/0"])
 def test_shards_that_there_are_not(few, shard):
     result = run_evaluate(*few[0], "--shard", shard)
@@ -340,6 +356,20 @@ def test_broken_pictures_are_named(few, tmp_path):
     assert "nothing was detected" in lines[-1]
 
 
+@pytest.mark.parametrize("change", [lambda content: content.pop("annotations"), lambda c: c["annotations"].clear()])
+def test_without_annotations_only_the_results_are_written(few, whole, change):
+    """As for COCO's test sets, whose annotations only its server has."""
+    arguments, out = few
+    content = json.loads(arguments[0].read_text())
+    change(content)
+    arguments[0].write_text(json.dumps(content))
+    result = run_evaluate(*arguments, "--per-class")
+    assert result.returncode == 0, result.stderr
+    assert "nothing to measure" in result.stdout
+    assert " @[ " not in result.stdout
+    assert (out / "detections.json").read_bytes() == whole[1]
+
+
 @pytest.mark.parametrize("change", ["unknown", "absent"])
 def test_classes_must_be_the_same(few, change):
     arguments, out = few
@@ -377,6 +407,7 @@ def test_a_partial_file_of_another_run_is_not_mixed(few):
         ('{"pair": "another", "annotations": ""}\n', "another model"),
         ("[1\n{}\n", "damaged"),
         ("\udcff\n", "damaged"),
+        ("[" * 100_000 + "\n", "damaged"),
     ):
         partial.write_bytes(content.encode(errors="surrogateescape"))
         assert_refused(run_evaluate(*arguments, "--resume"), word)

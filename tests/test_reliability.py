@@ -1,6 +1,7 @@
 """Bad input, broken and hostile files: one clear line, the documented exit status, nothing lost, the rest done."""
 
 import concurrent.futures
+import ctypes
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ PICTURE = ROOT / "asset" / "shapes.png"
 
 def run_on(tmp_path, *arguments, **settings):
     """Run demo.py with the bundled model into tmp_path/out."""
-    return run_demo(*arguments, "--model", SHAPES, "--out", tmp_path / "out", **settings)
+    return run_demo("--model", SHAPES, "--out", tmp_path / "out", *arguments, **settings)
 
 
 def good_and(tmp_path, name, content):
@@ -72,7 +73,8 @@ def encoded(image, suffix):
         ("high.png", encoded(np.zeros((5000, 1, 3), np.uint8), ".png"), "too thin"),
         ("cut.png", PICTURE.read_bytes()[:40], "not a picture"),
         ("cut.jpg", encoded(cv2.imread(str(PICTURE)), ".jpg")[:9000], "not a picture"),
-        ("new\nline.png", b"", "'"),
+        ("new\nline.png", b"", r"new\nline"),
+        (os.fsdecode(b"not utf-8 \xff.png"), b"", r"\udcff"),
     ],
 )
 def test_pictures_that_cannot_be_used(tmp_path, name, content, word):
@@ -103,13 +105,52 @@ def test_every_kind_of_picture_is_read_as_mmdetection_reads_it(tmp_path):
     assert demo.read_picture(tmp_path / "turned.jpg").shape == (120, 80, 3)
 
 
-@pytest.mark.parametrize("name", ["with space.png", "图片 é.png", "-dash.png", "1.png", "[x]*.png"])
-def test_names_of_every_kind(tmp_path, name):
+def test_every_kind_of_picture_as_a_process(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    paths = colour_modes(tmp_path / "pictures")
+    result = run_on(tmp_path, *paths)
+    assert result.returncode == 0, result.stderr
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {path.stem for path in paths} - {"animated"} | {
+        "animated",
+        "animated_2",
+    }
+    turned = cv2.imread(str(tmp_path / "out" / "turned.png"))
+    assert turned.shape == (120, 80, 3)
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path):
+    first = Image.open(PICTURE).convert("P")
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
+    Image.open(tmp_path / "moving.gif").convert("RGB").save(tmp_path / "still.png")
+    result = run_on(tmp_path, tmp_path / "moving.gif", tmp_path / "still.png")
+    assert result.returncode == 0, result.stderr
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    moving, still = ([entry for entry in entries if entry["image_id"] == name] for name in ("moving", "still"))
+    assert len(moving) > 5
+    assert [entry["bbox"] for entry in moving] == [entry["bbox"] for entry in still]
+
+
+NAMES = ["with space.png", "图片 é.png", "-dash.png", "1.png", "[x]*.png", "new\nline.png", "n" * 251 + ".png"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"not utf-8 \xff.png")])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # of stdout
+def test_names_of_every_kind(tmp_path, name, encoding):
     (tmp_path / name).write_bytes(PICTURE.read_bytes())
     path = tmp_path / name
-    result = run_on(tmp_path, path)
+    result = run_on(tmp_path, path, env={**os.environ, "PYTHONIOENCODING": encoding})
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / name).exists()
+    assert json.loads((tmp_path / "out" / "detections.json").read_text())[0]["file_name"] == name
+    assert result.stdout.splitlines()[-1].endswith("detections.json")
+    assert "1 annotated, 11 detections: " in result.stdout.splitlines()[-1]
+
+
+def test_a_name_that_begins_with_a_dash(tmp_path):
+    (tmp_path / "-dash.png").write_bytes(PICTURE.read_bytes())
+    result = run_on(tmp_path, "--", "-dash.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "-dash.png").exists()
 
 
 def test_one_pixel(tmp_path):
@@ -128,11 +169,26 @@ def test_two_pictures_of_the_same_name(tmp_path):
 
 
 def test_a_folder_with_ten_thousand(tmp_path):
+    """All but one of which cannot be read; and links to that one, which is done once."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for number in range(10_000):
-        (tmp_path / f"{number}.jpg").symlink_to(PICTURE)
-    files, problems = demo.find_pictures([str(tmp_path)])
-    assert len(files) == 1  # they are one file
-    assert problems == []
+        (folder / f"{number}.jpg").touch()
+        (folder / f"link {number}.jpg").symlink_to(PICTURE)
+    result = run_on(tmp_path, folder)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("demo.py: ")]
+    assert len(set(lines)) == 10_000
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 11
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_folder_without_pictures(tmp_path):
+    (tmp_path / "text.txt").touch()
+    result = run_on(tmp_path, tmp_path)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, tmp_path, "no pictures in this folder")
+    assert not (tmp_path / "out").exists()
 
 
 def small_files_only():
@@ -151,18 +207,29 @@ def test_a_full_disk(tmp_path):
     assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("shapes.png", "the old one")]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def obey_permissions():
+    """Let root, too, read and write only what the permissions of a file allow it."""
+    drop_capability = 24  # PR_CAPBSET_DROP of Linux's prctl
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(drop_capability, capability, 0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root may read and write everything")
 def test_permissions(tmp_path):
-    picture, folder = tmp_path / "picture.png", tmp_path / "closed"
-    picture.write_bytes(PICTURE.read_bytes())
-    picture.chmod(0)
-    result = run_on(tmp_path, picture, PICTURE)
+    closed, unlisted, read_only = tmp_path / "closed.png", tmp_path / "unlisted", tmp_path / "read only"
+    closed.write_bytes(PICTURE.read_bytes())
+    closed.chmod(0)
+    unlisted.mkdir(mode=0)
+    result = run_on(tmp_path, closed, unlisted, PICTURE, preexec_fn=obey_permissions)
     assert result.returncode == 1
-    assert "ermission denied" in result.stderr
-    folder.mkdir(mode=0o500)
-    result = run_demo(PICTURE, "--model", SHAPES, "--out", folder)
+    assert f"demo.py: {closed}: [Errno 13] Permission denied" in result.stderr
+    assert f"demo.py: {unlisted}: this folder may not be read" in result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shapes.png", "detections.json"}
+    read_only.mkdir(mode=0o500)
+    result = run_on(tmp_path, PICTURE, "--out", read_only, preexec_fn=obey_permissions)
     assert result.returncode == 2
-    assert "ermission denied" in result.stderr
+    assert_one_line(result.stderr, PICTURE, "Permission denied")
+    assert not list(read_only.iterdir())
 
 
 def test_an_output_folder_that_cannot_be(tmp_path):
@@ -200,6 +267,48 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
+def test_a_window_needs_a_display(tmp_path):
+    """Without, Qt would abort the whole program."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    result = run_on(tmp_path, PICTURE, "--show", env=environment)
+    assert result.returncode == 2
+    assert "--show needs a display" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("score", ["nan", "-0.1", "1.1", "high"])
+def test_scores_that_there_are_not(tmp_path, score):
+    result = run_on(tmp_path, PICTURE, f"--score-thr={score}")
+    assert result.returncode == 2
+    assert "--score-thr" in result.stderr.splitlines()[-1]
+    assert score in result.stderr.splitlines()[-1]
+
+
+def test_nobody_reads_what_it_prints(tmp_path):
+    """As in `demo.py picture.png | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "demo.py", PICTURE, "--model", SHAPES, "--out", tmp_path]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(write)
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,  # what cv2.imread returns for a file that is not there
+        np.zeros((40, 60), np.uint8),
+        np.zeros((40, 60, 4), np.uint8),
+        np.zeros((40, 60, 3), np.float32),
+        np.zeros((0, 60, 3), np.uint8),
+    ],
+)
+def test_arrays_that_are_no_image(image):
+    with pytest.raises(ValueError, match="uint8"):
+        demo.FasterRCNN(SHAPES)(image)
+
+
 # ------------------------------------------------------------------ models
 
 
@@ -235,6 +344,7 @@ def change_metadata(section, key, value):
         ("rcnn", "class_agnostic", True, ["class deltas"]),
         (None, "classes", ["a"], ["class logits"]),
         (None, "classes", "circle", ["classes"]),
+        (None, "classes", ["circle"] * 5 + ["\ud800"], ["classes", "printable"]),  # with it, OpenCV would crash
         (None, "rpn", [], ["rpn", "no object"]),
         (None, "format", 2, ["'format': 2"]),
     ],
@@ -246,6 +356,77 @@ def test_metadata_that_is_wrong(tmp_path, section, key, value, words):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_metadata_nested_too_deep(tmp_path):
+    model = copy_model(tmp_path / "model", lambda text, name: "[" * 100_000)
+    result = run_on(tmp_path, PICTURE, "--model", model)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "model1.onnx", "not JSON")
+
+
+def write_foreign_model(path):
+    """Write a network of somebody else's: y = x + x."""
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "double", [x], [y])
+    opset = onnx.helper.make_opsetid("", 13)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), str(path))
+
+
+def test_a_model_of_somebody_else(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("model1.onnx", "model2.onnx"):
+        write_foreign_model(tmp_path / "model" / name)
+    result = run_on(tmp_path, PICTURE, "--model", tmp_path / "model")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "model1.onnx", "was not written by export.py")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no network", bytes(1000)])
+def test_files_that_are_no_networks(tmp_path, content):
+    (tmp_path / "model").mkdir()
+    for name in ("model1.onnx", "model2.onnx"):
+        (tmp_path / "model" / name).write_bytes(content)
+    result = run_on(tmp_path, PICTURE, "--model", tmp_path / "model")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "model1.onnx", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_count_of_channels(tmp_path):
+    """A network for grey pictures, which onnxruntime would run."""
+    model = copy_model(tmp_path / "model", lambda text, name: text)
+    network = onnx.load(str(model / "model1.onnx"))
+    network.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
+    first = next(node for node in network.graph.node if "image" in node.input)
+    weight = next(initializer for initializer in network.graph.initializer if initializer.name == first.input[1])
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[:, :1], weight.name))
+    onnx.save(network, str(model / "model1.onnx"))
+    result = run_on(tmp_path, PICTURE, "--model", model)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "1 channels of image")
+
+
+def test_a_network_that_wants_all_the_memory(tmp_path):
+    """A hostile one: the largest of a million times a million zeros."""
+    model = copy_model(tmp_path / "model", lambda text, name: text)
+    network = onnx.load(str(model / "model2.onnx"))
+    size = onnx.numpy_helper.from_array(np.int64([2**20, 2**20]), "size")
+    cls = network.graph.output[0].name
+    last = next(node for node in network.graph.node if cls in node.output)
+    last.output[list(last.output).index(cls)] = "small"
+    network.graph.initializer.append(size)
+    network.graph.node.extend(
+        [
+            onnx.helper.make_node("ConstantOfShape", ["size"], ["huge"]),
+            onnx.helper.make_node("ReduceMax", ["huge"], ["zero"], keepdims=0),
+            onnx.helper.make_node("Add", ["small", "zero"], [cls]),
+        ]
+    )
+    onnx.save(network, str(model / "model2.onnx"))
+    result = run_on(tmp_path, PICTURE, "--model", model)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "onnxruntime")
 
 
 def change_weight(path, find, value):
