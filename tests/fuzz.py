@@ -1,10 +1,11 @@
 """Fuzz what comes from outside, for two minutes.
 
-uv run --extra export --with atheris tests/fuzz.py -max_total_time=120 -len_control=0 -max_len=300
+uv run --extra export --with atheris tests/fuzz.py -max_total_time=120 -len_control=0 -max_len=300 -rss_limit_mb=8000
 
 Each input is, in turn, a change of the metadata of the bundled model (read, and if it is accepted, used on a picture)
 or the bytes of a picture, through the whole of demo.py: read, detected in, drawn and written. Only the documented
-exceptions may come out. The options are libFuzzer's; atheris is no dependency of the project.
+exceptions may come out. The options are libFuzzer's (the memory is its own: what it traces adds up); atheris is no
+dependency of the project.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import numpy as np  # noqa: E402
 DETECTOR = demo.FasterRCNN(ROOT / "ckpt" / "shapes")
 METADATA = DETECTOR.config
 IMAGE = cv2.imread(str(ROOT / "asset" / "shapes.png"))[:160, :160]
+PICTURE = cv2.imencode(".png", IMAGE)[1].tobytes()
 SUFFIXES = (".png", ".jpg", ".bmp", ".webp", ".tiff", ".gif")
 SEEDS = [cv2.imencode(suffix, IMAGE[::4, ::4])[1].tobytes() for suffix in SUFFIXES]
 NUMBERS = (-1, 0, 1, 2, 0.5, -3.5, 1e5, 1e300, float("nan"))
@@ -66,9 +68,11 @@ def change(provider):
     return text
 
 
-def run_demo(detector, path):
-    """Detect in the picture of a file, draw and write."""
+def run_demo(detector, data):
+    """Detect in a picture of these bytes, draw and write."""
     with tempfile.TemporaryDirectory() as out:
+        path = Path(out) / "picture"
+        path.write_bytes(data)
         demo.detect_and_draw(detector, path, Path(out), set(), 0, False, demo.Stopwatch())
 
 
@@ -79,7 +83,7 @@ def try_metadata(provider):
     if max(config["preprocess"]["scale"]) > 600 or config["preprocess"]["pad_divisor"] > 600:
         return  # right, and slow
     demo.load_pair = lambda folder: (DETECTOR.model1, DETECTOR.model2, config)
-    run_demo(demo.FasterRCNN("changed"), ROOT / "asset" / "shapes.png")
+    run_demo(demo.FasterRCNN("changed"), PICTURE)
 
 
 def try_picture(provider):
@@ -89,10 +93,7 @@ def try_picture(provider):
         data[provider.ConsumeIntInRange(0, len(data) - 1)] = provider.ConsumeIntInRange(0, 255)
     if provider.ConsumeBool():
         del data[provider.ConsumeIntInRange(0, len(data)) :]
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        file.write(data)
-        file.flush()
-        run_demo(DETECTOR, file.name)
+    run_demo(DETECTOR, data)
 
 
 def try_input(data):

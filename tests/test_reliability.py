@@ -358,6 +358,22 @@ def test_metadata_that_is_wrong(tmp_path, section, key, value, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # of stdout
+def test_class_names_that_opencv_cannot_draw(tmp_path, encoding):
+    names = ["圆", "三角形", "square", "étoile", "十字", "月牙"]
+    model = copy_model(tmp_path / "model", change_metadata(None, "classes", names))
+    result = run_on(tmp_path, PICTURE, "--model", model, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert result.returncode == 0, result.stderr
+    assert ("圆" if encoding == "utf-8" else r"\u5706") in result.stdout
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {entry["category"] for entry in entries} == {"圆", "三角形", "square", "étoile", "月牙"}
+    detections = demo.FasterRCNN(SHAPES)(cv2.imread(str(PICTURE)))
+    detections = demo.Detections(*(field[detections.scores >= 0.3] for field in detections))
+    drawable = ["class 1", "class 2", "square", "class 4", "class 5", "class 6"]
+    expected = demo.draw(cv2.imread(str(PICTURE)), detections, drawable)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out" / "shapes.png")), expected)
+
+
 def test_metadata_nested_too_deep(tmp_path):
     model = copy_model(tmp_path / "model", lambda text, name: "[" * 100_000)
     result = run_on(tmp_path, PICTURE, "--model", model)
