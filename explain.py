@@ -215,9 +215,12 @@ def draw_objectness(p):
     for level, axis in enumerate(axes):
         axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
         map_height, map_width = maps[level].shape
-        extent = (-0.5, map_width * strides[level] - 0.5, map_height * strides[level] - 0.5, -0.5)
+        anchor = p.detector.base_anchors[level][0]
+        left, top = (anchor[:2] + anchor[2:]) / 2 - strides[level] / 2  # around the centre of its anchors lies a cell
+        extent = (left, left + map_width * strides[level], top + map_height * strides[level], top)
         alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
         axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
+        axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
     add_score_bar(figure, list(axes), "objectness")
     text = (
         "The first network gives every anchor a logit; from it comes its objectness, without saying of what class. "
@@ -492,7 +495,8 @@ def draw_nms(p, shown=12):
     """8: what NMS removed class by class, by what, at which IoU."""
     stage, threshold = p.detect, p.config["rcnn"]["iou_threshold"]
     removed, by, iou = removers(p)
-    which = at_most(by, 2)[:shown]
+    keepers = list(dict.fromkeys(by[at_most(by, 2)]))[: len(PALETTE)]
+    which = [i for i in at_most(by, 2) if by[i] in keepers][:shown]
     before, after = len(stage["candidates"]), len(stage["kept"])
     settings = p.config["rcnn"]
     how = "NMS of all classes" if settings.get("nms_class_agnostic") else "NMS class by class"
@@ -501,7 +505,7 @@ def draw_nms(p, shown=12):
     figure = new_figure(caption, max(panel_height(p.image, 1.8), 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     show(left, p.image[..., ::-1], "solid: stays; dashed: removed", fade=0.4)
-    colours = {keeper: PALETTE[i % len(PALETTE)] for i, keeper in enumerate(dict.fromkeys(by[which]))}
+    colours = dict(zip(keepers, PALETTE))
     draw_boxes(left, stage["candidates"][removed[which]], [colours[keeper] for keeper in by[which]], 1.3, "dashed")
     draw_boxes(left, stage["candidates"][list(colours)], list(colours.values()), 2.2)
     if which:

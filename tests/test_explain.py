@@ -16,6 +16,7 @@ from test_zoo import THIN, write_config
 import demo
 import explain
 import export
+import postprocess
 
 NAMES = [
     "1_input",
@@ -111,6 +112,36 @@ def test_who_removed_whom():
         expected = intersection / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection)
         assert overlap == pytest.approx(expected, abs=1e-5)
         assert overlap > 0.5
+
+
+@pytest.mark.parametrize("center_offset", [0, 0.5])
+def test_a_score_is_painted_where_its_anchors_are(center_offset):
+    """The cell of each level's best score lies around the centre of the anchors that MMDetection has there."""
+    from mmdet.core.anchor import AnchorGenerator
+
+    detector = config_where({"anchors.center_offset": center_offset})
+    strides = detector.config["anchors"]["strides"]
+    detector.base_anchors = [postprocess.base_anchors(size, [4], [0.5, 1, 2], center_offset) for size in strides]
+    pipeline = explain.Pipeline(detector, cv2.imread(str(PICTURE)))
+    generator = AnchorGenerator(strides, [0.5, 1, 2], [4], center_offset=center_offset)
+    grids = generator.grid_priors([cls.shape[1:] for cls in pipeline.model1["rpn_cls"]], device="cpu")
+    axes = [axis for axis in explain.draw_objectness(pipeline).figure.axes if axis.images]
+    assert len(axes) == len(grids)
+    for axis, grid, cls in zip(axes, grids, pipeline.model1["rpn_cls"]):
+        left, right, bottom, top = axis.images[-1].get_extent()
+        anchors = grid.reshape(*cls.shape[1:], 3, 4)[:, :, 0].numpy()
+        y, x = np.unravel_index(cls.max(axis=0).argmax(), cls.shape[1:])
+        center = (anchors[y, x, :2] + anchors[y, x, 2:]) / 2
+        assert left + (x + 0.5) * (right - left) / cls.shape[2] == pytest.approx(center[0])
+        assert top + (y + 0.5) * (bottom - top) / cls.shape[1] == pytest.approx(center[1])
+
+
+def test_each_box_that_removed_others_has_a_colour_of_its_own():
+    pipeline = explain.Pipeline(demo.FasterRCNN(SHAPES), cv2.imread(str(PICTURE)))
+    left = explain.draw_nms(pipeline).figure.axes[0]
+    colours = [collection.get_edgecolor() for collection in left.collections]
+    kept = colours[-1]  # drawn last, on top
+    assert 2 < len(kept) == len(np.unique(kept, axis=0))
 
 
 def test_the_proposal_that_is_explained_is_the_best_detections():
