@@ -287,10 +287,12 @@ def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=T
     if out is None:
         out = np.empty((len(rois), channels, output_size, output_size), np.float32)
     for i, bins in enumerate(out):
-        crop = features[top[i] : bottom[i], left[i] : right[i]]
-        rows, columns, _ = crop.shape
-        halfway = weights_y[i, :, :rows] @ crop.reshape(rows, -1)  # [s, columns C]
-        halfway = weights_x[i, :, :columns] @ halfway.reshape(output_size, columns, channels)  # [s, s, C]
+        # Column by column, then row by row: products so small that BLAS starts no thread for them, which would go
+        # on spinning and slow down the network that comes next.
+        crop = features[top[i] : bottom[i], left[i] : right[i]].transpose(1, 0, 2)  # [columns, rows, C]
+        columns, rows, _ = crop.shape
+        halfway = weights_y[i, :, :rows] @ crop  # [columns, s, C]
+        halfway = weights_x[i, :, :columns] @ halfway.transpose(1, 0, 2)  # [s, s, C]
         bins[...] = halfway.transpose(2, 0, 1)
     return out
 
