@@ -132,7 +132,7 @@ def load_pair(folder):
     options.log_severity_level = 4  # what goes wrong is raised; onnxruntime would print it as well
     for name in ("model1.onnx", "model2.onnx"):
         path = Path(folder) / name
-        # To keep memory for the next picture is a tenth faster, but one network's is enough to keep.
+        # To keep its memory makes the next picture a tenth faster. model2 gives it back: C4 detectors' takes gigabytes.
         options.enable_cpu_mem_arena = name == "model1.onnx"
         if not path.is_file():
             raise ModelError(f"{path} is not there: export a model with export.py, or name its folder with --model")
