@@ -12,6 +12,8 @@ import argparse
 import glob
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +35,9 @@ HERE = Path(__file__).resolve().parent
 FORMAT, TYPE = 1, "faster_rcnn"  # of the metadata that this file reads
 PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
-TEXT, FLAG, NUMBER, INTEGER, COUNT = "a printable text", "true or false", "a number", "a whole number", "a count"
+TEXT, FLAG, INTEGER, COUNT = "a text without control characters", "true or false", "a whole number", "a count"
+NUMBER, POSITIVE = "a number", "a number above 0"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks a line, a terminal or, the last ones, OpenCV
 METADATA = {  # what has to be in it; [X] is a list of X, [X, X] of two, None anything; a key with "?" may be missing
     "format": INTEGER,
     "type": TEXT,
@@ -41,18 +45,19 @@ METADATA = {  # what has to be in it; [X] is a list of X, [X, X] of two, None an
     "pair": TEXT,
     "classes": [TEXT],
     "preprocess": {
-        "scale": [COUNT, COUNT], "mean": [NUMBER] * 3, "std": [NUMBER] * 3, "to_rgb": FLAG, "pad_divisor": COUNT,
+        "scale": [COUNT, COUNT], "mean": [NUMBER] * 3, "std": [POSITIVE] * 3, "to_rgb": FLAG, "pad_divisor": COUNT,
         "keep_ratio?": FLAG,
     },
     "anchors": {
-        "strides": [COUNT], "base_sizes": [NUMBER], "scales": [NUMBER], "ratios": [NUMBER], "center_offset": NUMBER,
+        "strides": [COUNT], "base_sizes": [POSITIVE], "scales": [POSITIVE], "ratios": [POSITIVE],
+        "center_offset": NUMBER,
     },
     "rpn": {
         "means": [NUMBER] * 4, "stds": [NUMBER] * 4, "nms_pre": INTEGER, "iou_threshold": NUMBER, "max_per_img": COUNT,
         "min_bbox_size": NUMBER,
     },
     "roi": {
-        "strides": [COUNT], "output_size": COUNT, "sampling_ratio": INTEGER, "aligned": FLAG, "finest_scale": NUMBER,
+        "strides": [COUNT], "output_size": COUNT, "sampling_ratio": INTEGER, "aligned": FLAG, "finest_scale": POSITIVE,
     },
     "rcnn": {
         "means": [NUMBER] * 4, "stds": [NUMBER] * 4, "class_agnostic": FLAG, "score_threshold": NUMBER,
@@ -141,7 +146,10 @@ def load_pair(folder):
         except Exception as error:  # onnxruntime has a class for each way to fail, below none of their own
             raise ModelError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
         sessions.append(session)
-        configs.append(read_metadata(path, session))
+        try:
+            configs.append(read_metadata(path, session))
+        except RecursionError as error:
+            raise ModelError(f"{path}: its metadata is nested too deep to be read: export again") from error
     if configs[0]["pair"] != configs[1]["pair"]:
         raise ModelError(f"model1.onnx and model2.onnx in {folder} are of two different exports: export again")
     for session, role in zip(sessions, ("image", "roi_feats")):
@@ -195,7 +203,7 @@ def read_metadata(path, session):
         raise ModelError(f"{path} was not written by export.py: it has no metadata 'detector'")
     try:
         config = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{path}: its metadata 'detector' is not JSON ({error}): export again") from error
     found = {key: config.get(key) for key in ("format", "type")} if isinstance(config, dict) else config
     if found != {"format": FORMAT, "type": TYPE}:
@@ -218,9 +226,10 @@ def find_problem(name, value, expected):
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6  # nor NaN
     fits = {
         None: True,
-        TEXT: isinstance(value, str) and value.isprintable(),
+        TEXT: isinstance(value, str) and not CONTROL.search(value),
         FLAG: isinstance(value, bool),
         NUMBER: number,
+        POSITIVE: number and value >= 1e-6,
         INTEGER: number and isinstance(value, int),
         COUNT: number and isinstance(value, int) and value > 0,
     }
@@ -277,7 +286,7 @@ def first_line(error):
 
 def printable(path):
     """Return a path as it can be printed on one line."""
-    return str(path) if str(path).isprintable() else ascii(path)
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def read_picture(path):
@@ -458,8 +467,8 @@ def run(detector, files, out, score_threshold, show):
         if names:
             write_file(out / "detections.json", json.dumps(entries, indent=1).encode())
             print(watch.summary(len(names)))
-            pictures = printable(out / (names[0] if len(files) == 1 else "*.png"))
-            print(f"{len(names)} annotated, {len(entries)} detections: {pictures}, {out / 'detections.json'}")
+            written = [out / (names[0] if len(files) == 1 else "*.png"), out / "detections.json"]
+            print(f"{len(names)} annotated, {len(entries)} detections: {', '.join(map(printable, written))}")
     return failures
 
 
@@ -480,10 +489,19 @@ def detect_and_draw(detector, path, out, taken, score_threshold, show, watch):
 
 def read_score(text):
     """Return a score, 0 to 1, that stands on the command line."""
-    score = float(text)
+    try:
+        score = float(text)
+    except ValueError:
+        score = np.nan
     if not 0 <= score <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return score
+
+
+def can_show():
+    """Return whether a window can be opened; asked of another process, because without a display Qt aborts."""
+    code = "import cv2; cv2.namedWindow('test')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def read_arguments(arguments):
@@ -516,8 +534,8 @@ def read_arguments(arguments):
     )
     parser.add_argument("--show", action="store_true", help="show each picture in a window until a key is pressed")
     args = parser.parse_args(arguments)
-    if args.show and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
-        parser.error("--show needs a display, and the environment names none")
+    if args.show and not can_show():
+        parser.error("--show needs a display and an OpenCV that opens windows")
     return args
 
 
@@ -545,6 +563,20 @@ def main(arguments=None):
     return 1 if failures or problems else 0
 
 
+def run_program(main):
+    """Run a program's main and exit with its status, whatever stdout is: closed, full, or short of letters."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
+    status = main()
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again, and complain
+        if status == 0:
+            print(f"{Path(sys.argv[0]).name}: stdout: {first_line(error)}", file=sys.stderr)
+            status = 1
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
-    sys.exit(main())
+    run_program(main)

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,38 @@ class EvaluationError(Exception):
     """Nothing can be evaluated; the message says why and what to do."""
 
 
+def is_id(value):
+    """Return whether a value can be an id."""
+    return isinstance(value, int)
+
+
+def is_text(value):
+    """Return whether a value is a text."""
+    return isinstance(value, str)
+
+
+def is_number(value):
+    """Return whether a value is a finite number."""
+    return isinstance(value, (int, float)) and abs(value) < 1e9
+
+
+def is_box(value):
+    """Return whether a value is x, y, width, height."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def is_flag(value):
+    """Return whether a value is 0 or 1."""
+    return isinstance(value, int) and value in (0, 1)
+
+
+FIELDS = {  # what pycocotools relies on, and fails without when all pictures are done
+    "images": {"id": is_id, "file_name": is_text},
+    "categories": {"id": is_id, "name": is_text},
+    "annotations": {"image_id": is_id, "category_id": is_id, "bbox": is_box, "area": is_number, "iscrowd": is_flag},
+}
+
+
 def read_annotations(path):
     """Return the annotations of a file as pycocotools' COCO."""
     if COCO is None:
@@ -52,16 +85,11 @@ def read_annotations(path):
         raise
     except Exception as error:  # whatever is wrong with a file, it trips over somewhere
         raise EvaluationError(f"{path} is no annotation file of COCO: {demo.first_line(error)}") from error
-    fields = {
-        "images": {"id": int, "file_name": str},
-        "categories": {"id": int, "name": str},
-        "annotations": {"image_id": int, "category_id": int, "bbox": list, "area": (int, float), "iscrowd": int},
-    }
-    for kind, expected in fields.items():
+    for kind, expected in FIELDS.items():
         for entry in coco.dataset.get(kind, [] if kind == "annotations" else [{}]):  # the test sets of COCO have none
-            wrong = [name for name, types in expected.items() if not isinstance(entry.get(name), types)]
+            wrong = [name for name, fits in expected.items() if not fits(entry.get(name))]
             if wrong:
-                raise EvaluationError(f"{path} is no annotation file of COCO: one of its {kind} has no {wrong[0]}")
+                raise EvaluationError(f"{path} is not of COCO's format: one of its {kind} has no valid {wrong[0]}")
     if not coco.imgs:
         raise EvaluationError(f"{path} names no pictures")
     names = [category["name"] for category in coco.cats.values()]
@@ -95,8 +123,9 @@ def read_partial(path, header):
         records = {record["image_id"]: record for record in records}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise EvaluationError(f"{path} is damaged ({demo.first_line(error)}): delete it") from error
-    if found != header:
-        raise EvaluationError(f"{path} is of another model, annotation file or folder of pictures: name another --out")
+    for key, name in {"pair": "model", "annotations": "annotation file", "folder": "folder of pictures"}.items():
+        if found.get(key) != header[key]:
+            raise EvaluationError(f"{path} is of another {name}: name that one, or another folder for --out")
     return records
 
 
@@ -110,7 +139,7 @@ def open_partial(path, header, resume):
     return path.open("a"), {record["image_id"] for record in done}
 
 
-def merge(paths, header, images, out):
+def merge(paths, header, images, out, may_be_empty=False):
     """Write detections.json from the partial files of all shards; return the number of pictures that failed."""
     records = {}
     for path in paths:
@@ -120,11 +149,12 @@ def merge(paths, header, images, out):
     missing = [image["file_name"] for image in images if image["id"] not in records]
     if missing:
         raise EvaluationError(
-            f"{len(missing)} of {len(images)} pictures are in no shard in {out}, the first is {missing[0]}: "
+            f"{len(missing)} of {len(images)} pictures are in no shard in {out}, "
+            f"the first is {demo.printable(missing[0])}: "
             "run the shards that are missing, and those that were interrupted with --resume"
         )
     entries = [entry for image in images for entry in records[image["id"]].get("detections", [])]
-    if not entries:
+    if not entries and not may_be_empty:
         raise EvaluationError("nothing was detected in any picture, so there is nothing to evaluate")
     demo.write_file(out / "detections.json", ("[" + ",\n".join(map(json.dumps, entries)) + "]\n").encode())
     return sum("error" in record for record in records.values())
@@ -164,7 +194,8 @@ def detect_all(detector, ids, images, done, folder, partial):
                 record["detections"] = demo.as_coco(found, image["id"], image["file_name"], detector.classes, ids)
             except (demo.ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
                 record["error"] = demo.first_line(error)
-                tqdm.write(f"evaluate.py: {image['file_name']}: {record['error']}", file=sys.stderr)
+                name = demo.printable(image["file_name"])
+                tqdm.write(f"evaluate.py: {name}: {record['error']}", file=sys.stderr)
             partial.write(json.dumps(record) + "\n")
             partial.flush()
             progress.update()
@@ -266,7 +297,7 @@ def run(args):
     header = {
         "pair": detector.config["pair"],
         "annotations": hashlib.sha256(args.annotations.read_bytes()).hexdigest(),
-        "folder": args.folder.resolve().name,  # not where it is: another machine may have it elsewhere
+        "folder": Path(os.path.abspath(args.folder)).name,  # not where it is: another machine may have it elsewhere
     }
     args.out.mkdir(parents=True, exist_ok=True)
     shard, shards = args.shard
@@ -283,7 +314,7 @@ def run(args):
         print(f"shard {shard}/{shards}: {path}; when all shards are done, evaluate with --merge")
     else:
         paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
-        failures = merge(paths, header, images, args.out)
+        failures = merge(paths, header, images, args.out, may_be_empty=not coco.anns)
         report(coco, args.out / "detections.json", args.per_class)
         if path.exists() and not failures:  # with it, --resume tries only the failed ones again
             path.unlink()
@@ -306,5 +337,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
-    sys.exit(main())
+    demo.run_program(main)

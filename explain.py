@@ -619,7 +619,10 @@ def main(arguments=None):
     try:
         if mpl is None:
             raise demo.ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
-        pages = explain(demo.FasterRCNN(args.model), args.picture, args.out)
+        for page in explain(demo.FasterRCNN(args.model), args.picture, args.out):
+            print(page.caption)
+        written = [args.out / "1_input.png", args.out / "9_result.png", args.out / "index.html"]
+        print("written: {} to {}, {}".format(*map(demo.printable, written)))
     except (demo.ModelError, OSError) as error:
         print(f"explain.py: {demo.first_line(error)}", file=sys.stderr)
         return 2
@@ -629,12 +632,8 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("explain.py: interrupted", file=sys.stderr)
         return 130
-    for page in pages:
-        print(page.caption)
-    print(f"written: {args.out / '1_input.png'} to {args.out / '9_result.png'}, {args.out / 'index.html'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
-    sys.exit(main())
+    demo.run_program(main)

@@ -21,6 +21,7 @@ import socket
 import sys
 import tempfile
 import warnings
+from http.client import HTTPException
 from pathlib import Path
 from unittest import mock
 
@@ -104,7 +105,7 @@ def fetch_default_checkpoint():
     socket.setdefaulttimeout(STALL)  # torch.hub sets none, and would wait forever
     try:
         torch.hub.download_url_to_file(CHECKPOINT_URL, str(path), hash_prefix)
-    except (OSError, RuntimeError) as error:  # no network, a full disk; a wrong hash
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network or disk; a wrong hash; no HTTP
         raise ExportError(
             f"the download failed ({demo.first_line(error)}): "
             f"try again, or get {CHECKPOINT_URL} by other means and put it at {path}"
@@ -164,10 +165,11 @@ def class_names(cfg, checkpoint, num_classes):
     ):  # a file with a name a line, as MMDetection reads it; or, in a checkpoint, the only class
         names = mmcv.list_from_file(names) if Path(names).is_file() else [names]
     names = list(names or getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or [])
-    if not all(isinstance(name, str) for name in names):
-        raise ExportError("the names of the classes are not all text: set data.test.classes")
     if len(names) != num_classes:
         raise ExportError(f"the model has {num_classes} classes, but {len(names)} names: set data.test.classes")
+    problem = demo.find_problem("classes", names, [demo.TEXT])
+    if problem:
+        raise ExportError(f"the names of the classes cannot be used: {problem}: set data.test.classes")
     return names
 
 
@@ -176,7 +178,7 @@ def load_detector(config, checkpoint_path, trust=False):
     try:
         cfg = mmcv.Config.fromfile(str(config))
     except (Exception, SystemExit) as error:  # a config is Python: anything can be wrong with it
-        raise ExportError(f"{config} cannot be read: {demo.first_line(error)}") from error
+        raise ExportError(f"{config} cannot be read: {demo.first_line(error) or type(error).__name__}") from error
     if cfg.get("model", {}).get("type") != "FasterRCNN":
         raise ExportError(f"{config}: model.type is {cfg.get('model', {}).get('type')}, not FasterRCNN")
     try:
@@ -639,6 +641,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no reason to stop
     sys.unraisablehook = lambda _: None  # mmcv forgets a temporary file when a config fails, and Python would tell
-    sys.exit(main())
+    demo.run_program(main)

@@ -231,12 +231,13 @@ def test_pictures_of_two_folders_are_not_mixed(few, whole, pictures, tmp_path):
     """The same names in a folder of another name are other pictures; in one of the same name elsewhere, the same."""
     arguments, out = few
     assert run_evaluate(*arguments, "--shard", "1/2").returncode == 0
-    for folder in ("foggy", "elsewhere/val"):
-        shutil.copytree(pictures / "val", tmp_path / folder)
+    shutil.copytree(pictures / "val", tmp_path / "foggy")
     arguments[1] = tmp_path / "foggy"
     for options in (["--shard", "1/2", "--resume"], ["--merge"]):
         assert_refused(run_evaluate(*arguments, *options), "folder of pictures", "--out")
-    arguments[1] = tmp_path / "elsewhere" / "val"
+    (tmp_path / "linked").mkdir()
+    arguments[1] = tmp_path / "linked" / "val"
+    arguments[1].symlink_to(tmp_path / "foggy")  # somebody wants it so
     assert run_evaluate(*arguments, "--shard", "2/2").returncode == 0
     assert run_evaluate(*arguments, "--merge").returncode == 0
     assert (out / "detections.json").read_bytes() == whole[1]
@@ -329,6 +330,11 @@ def test_a_picture_on_which_the_model_fails_is_skipped(few, monkeypatch, capsys)
         ("annotations", lambda entry: entry.pop("iscrowd"), "iscrowd"),
         ("annotations", lambda entry: entry.update(area="large"), "area"),
         ("annotations", lambda entry: entry.pop("bbox"), "bbox"),
+        ("annotations", lambda entry: entry.update(bbox=[]), "bbox"),
+        ("annotations", lambda entry: entry.update(bbox=["a", 1, 2, 3]), "bbox"),
+        ("annotations", lambda entry: entry.update(bbox=[None] * 4), "bbox"),
+        ("annotations", lambda entry: entry.update(bbox=[float("nan")] * 4), "bbox"),
+        ("annotations", lambda entry: entry.update(iscrowd=10**30), "iscrowd"),
         ("categories", lambda entry: entry.pop("name"), "name"),
         ("categories", lambda entry: entry.update(name="star"), "two categories"),
         ("images", lambda entry: entry.update(file_name=7), "file_name"),
@@ -368,6 +374,18 @@ def test_without_annotations_only_the_results_are_written(few, whole, change):
     assert "nothing to measure" in result.stdout
     assert " @[ " not in result.stdout
     assert (out / "detections.json").read_bytes() == whole[1]
+
+
+def test_nothing_found_without_annotations_is_an_empty_list(tmp_path):
+    (tmp_path / "blank").mkdir()
+    cv2.imwrite(str(tmp_path / "blank" / "1.png"), np.full((60, 80, 3), 127, np.uint8))
+    names = ["circle", "triangle", "square", "star", "cross", "crescent"]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    content = {"images": [{"id": 1, "file_name": "1.png"}], "categories": categories}
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    result = run_evaluate(tmp_path / "test.json", tmp_path / "blank", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
 
 
 @pytest.mark.parametrize("change", ["unknown", "absent"])

@@ -142,8 +142,11 @@ def test_names_of_every_kind(tmp_path, name, encoding):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / name).exists()
     assert json.loads((tmp_path / "out" / "detections.json").read_text())[0]["file_name"] == name
+    shown = str(tmp_path / "out" / name)
+    if not shown.isprintable() or (encoding == "ascii" and not shown.isascii()):
+        shown = ascii(shown)[1:-1]
+    assert f"1 annotated, 11 detections: {shown}, " in result.stdout.splitlines()[-1].replace("'", "")
     assert result.stdout.splitlines()[-1].endswith("detections.json")
-    assert "1 annotated, 11 detections: " in result.stdout.splitlines()[-1]
 
 
 def test_a_name_that_begins_with_a_dash(tmp_path):
@@ -267,10 +270,11 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_a_window_needs_a_display(tmp_path):
+@pytest.mark.parametrize("display", [{}, {"DISPLAY": ""}, {"DISPLAY": ":77"}, {"WAYLAND_DISPLAY": "wayland-7"}])
+def test_a_window_needs_a_display(tmp_path, display):
     """Without, Qt would abort the whole program."""
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    result = run_on(tmp_path, PICTURE, "--show", env=environment)
+    result = run_on(tmp_path, PICTURE, "--show", env={**environment, **display})
     assert result.returncode == 2
     assert "--show needs a display" in result.stderr.splitlines()[-1]
 
@@ -280,18 +284,36 @@ def test_scores_that_there_are_not(tmp_path, score):
     result = run_on(tmp_path, PICTURE, f"--score-thr={score}")
     assert result.returncode == 2
     assert "--score-thr" in result.stderr.splitlines()[-1]
-    assert score in result.stderr.splitlines()[-1]
+    assert f"{score} is not between 0 and 1" in result.stderr.splitlines()[-1]
 
 
-def test_nobody_reads_what_it_prints(tmp_path):
-    """As in `demo.py picture.png | head -1`."""
+@pytest.mark.parametrize("program", ["demo.py", "explain.py"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("stdout", ["closed pipe", "full disk", "none"])
+def test_stdout_that_takes_nothing(tmp_path, program, unbuffered, stdout):
+    """The first as in `demo.py picture.png | head -1`: the work is done; what was not printed is said in one line."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, ROOT / "demo.py", PICTURE, "--model", SHAPES, "--out", tmp_path]
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    out = {"closed pipe": f">&{write}", "full disk": ">/dev/full", "none": ">&-"}[stdout]
+    command = f'"$0" {ROOT / program} {PICTURE} --model {SHAPES} --out {tmp_path} {out}'
+    result = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        pass_fds=[write],
+        timeout=300,
+        check=False,
+    )
     os.close(write)
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == 1
+    if stdout == "none":
+        assert (result.returncode, result.stderr) == (0, "")
+    else:
+        assert result.returncode == (2 if unbuffered else 1)
+        assert result.stderr.startswith(f"{program}: ")
+        assert result.stderr.count("\n") == 1
+    if not unbuffered or stdout == "none":
+        assert len(list(tmp_path.iterdir())) == (2 if program == "demo.py" else 10)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +352,11 @@ def change_metadata(section, key, value):
         ("preprocess", "scale", [512, 0], ["preprocess.scale", "count"]),
         ("preprocess", "mean", [1, 2, "3"], ["preprocess.mean", "number"]),
         ("preprocess", "to_rgb", 1, ["preprocess.to_rgb", "true or false"]),
+        ("preprocess", "std", [1, 0, 1], ["preprocess.std", "above 0"]),
+        ("anchors", "ratios", [0.5, 1, -2], ["anchors.ratios", "above 0"]),
+        ("anchors", "scales", [0], ["anchors.scales", "above 0"]),
+        ("anchors", "base_sizes", [4, 8, 16, 32, 0], ["anchors.base_sizes", "above 0"]),
+        ("roi", "finest_scale", -5, ["roi.finest_scale", "above 0"]),
         ("preprocess", "rotate", 90, ["preprocess", "unknown", "rotate"]),
         ("anchors", "strides", [], ["anchors.strides"]),
         ("anchors", "strides", [4, 8], ["fit", "2 levels"]),
@@ -344,7 +371,14 @@ def change_metadata(section, key, value):
         ("rcnn", "class_agnostic", True, ["class deltas"]),
         (None, "classes", ["a"], ["class logits"]),
         (None, "classes", "circle", ["classes"]),
-        (None, "classes", ["circle"] * 5 + ["\ud800"], ["classes", "printable"]),  # with it, OpenCV would crash
+        (
+            None,
+            "classes",
+            ["circle"] * 5 + ["\ud800"],
+            ["classes", "control characters"],
+        ),  # with it, OpenCV would crash
+        (None, "classes", ["circle"] * 5 + ["a\nb"], ["classes", "control characters"]),
+        (None, "classes", ["circle"] * 5 + ["\x1b[2J"], ["classes", "control characters"]),
         (None, "rpn", [], ["rpn", "no object"]),
         (None, "format", 2, ["'format': 2"]),
     ],
@@ -360,13 +394,13 @@ def test_metadata_that_is_wrong(tmp_path, section, key, value, words):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # of stdout
 def test_class_names_that_opencv_cannot_draw(tmp_path, encoding):
-    names = ["圆", "三角形", "square", "étoile", "十字", "月牙"]
+    names = ["圆", "三角形", "square", "étoile", "十字", "月\u3000牙"]
     model = copy_model(tmp_path / "model", change_metadata(None, "classes", names))
     result = run_on(tmp_path, PICTURE, "--model", model, env={**os.environ, "PYTHONIOENCODING": encoding})
     assert result.returncode == 0, result.stderr
     assert ("圆" if encoding == "utf-8" else r"\u5706") in result.stdout
     entries = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {entry["category"] for entry in entries} == {"圆", "三角形", "square", "étoile", "月牙"}
+    assert {entry["category"] for entry in entries} == {"圆", "三角形", "square", "étoile", "月\u3000牙"}
     detections = demo.FasterRCNN(SHAPES)(cv2.imread(str(PICTURE)))
     detections = demo.Detections(*(field[detections.scores >= 0.3] for field in detections))
     drawable = ["class 1", "class 2", "square", "class 4", "class 5", "class 6"]
@@ -374,11 +408,19 @@ def test_class_names_that_opencv_cannot_draw(tmp_path, encoding):
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out" / "shapes.png")), expected)
 
 
-def test_metadata_nested_too_deep(tmp_path):
-    model = copy_model(tmp_path / "model", lambda text, name: "[" * 100_000)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text, name: "[" * 100_000,
+        lambda text, name: text.replace('"aligned": true', '"aligned": ' + "[" * 985 + "]" * 985),
+        lambda text, name: text.replace('"format": 1', '"format": ' + "[" * 985 + "]" * 985),
+    ],
+)
+def test_metadata_nested_too_deep(tmp_path, change):
+    model = copy_model(tmp_path / "model", change)
     result = run_on(tmp_path, PICTURE, "--model", model)
     assert result.returncode == 2
-    assert_one_line(result.stderr, "model1.onnx", "not JSON")
+    assert_one_line(result.stderr, "model1.onnx", "")
 
 
 def write_foreign_model(path):
@@ -423,6 +465,11 @@ def test_another_count_of_channels(tmp_path):
     assert_one_line(result.stderr, "1 channels of image")
 
 
+def limit_memory():
+    """Let a process have eight gigabytes."""
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+
+
 def test_a_network_that_wants_all_the_memory(tmp_path):
     """A hostile one: the largest of a million times a million zeros."""
     model = copy_model(tmp_path / "model", lambda text, name: text)
@@ -440,7 +487,7 @@ def test_a_network_that_wants_all_the_memory(tmp_path):
         ]
     )
     onnx.save(network, str(model / "model2.onnx"))
-    result = run_on(tmp_path, PICTURE, "--model", model)
+    result = run_on(tmp_path, PICTURE, "--model", model, preexec_fn=limit_memory)
     assert result.returncode == 2
     assert_one_line(result.stderr, "onnxruntime")
 
