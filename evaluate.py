@@ -120,7 +120,7 @@ def read_partial(path, header):
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # cut while it was written
         found, *records = [json.loads(line) for line in lines] or [header]
-        records = {record["image_id"]: record for record in records}
+        found, records = dict(found), {record["image_id"]: record for record in records}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise EvaluationError(f"{path} is damaged ({demo.first_line(error)}): delete it") from error
     for key, name in {"pair": "model", "annotations": "annotation file", "folder": "folder of pictures"}.items():

@@ -424,6 +424,7 @@ def test_a_partial_file_of_another_run_is_not_mixed(few):
     for content, word in (
         ('{"pair": "another", "annotations": ""}\n', "another model"),
         ("[1\n{}\n", "damaged"),
+        ("[1]\n", "damaged"),
         ("\udcff\n", "damaged"),
         ("[" * 100_000 + "\n", "damaged"),
     ):
