@@ -112,11 +112,12 @@ def test_top_k_is_a_stable_sort(scores, k):
     np.testing.assert_array_equal(top_k(scores, k), np.argsort(-scores, kind="stable")[:k])
 
 
-@given(arrays(np.float32, st.tuples(st.integers(0, 20), st.just(8)), elements=DELTAS))
-def test_decoding_anything_gives_boxes_in_the_picture(numbers):
-    boxes = decode_boxes(numbers[:, :4], numbers[:, 4:], MEANS, STDS, (300, 400))
+@given(boxes_and_scores(most=20), st.data())
+def test_decoding_anything_gives_boxes_in_the_picture(pair, data):
+    deltas = data.draw(arrays(np.float32, pair[0].shape, elements=DELTAS))
+    boxes = decode_boxes(pair[0], deltas, MEANS, STDS, (300, 400))
     assert boxes.dtype == np.float32
-    assert boxes.shape == (len(numbers), 4)
+    assert boxes.shape == deltas.shape
     assert np.isfinite(boxes).all()
     assert (boxes >= 0).all()
     assert (boxes <= np.float32([400, 300, 400, 300])).all()

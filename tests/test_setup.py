@@ -24,11 +24,11 @@ def pinned():
 
 
 def test_requirement_txt_agrees_with_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    direct = dict(requirement.split("==") for requirement in requirements)
-    pins = pinned()
-    assert {name: pins.get(normalise(name)) for name in direct} == direct
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, constraints = content["project"], content["tool"]["uv"]["constraint-dependencies"]
+    requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), []) + constraints
+    versions = dict(requirement.split("==") for requirement in requirements)
+    assert {normalise(name): version for name, version in versions.items()} == pinned()
 
 
 def test_requirement_txt_is_what_is_installed():
