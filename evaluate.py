@@ -113,6 +113,15 @@ def category_ids(coco, classes):
 # ---------------------------------------------------------------------- the partial file
 
 
+def describe_run(pair, annotations, folder):
+    """Return the header of a partial file: what the results of all shards must have in common."""
+    return {
+        "pair": pair,
+        "annotations": hashlib.sha256(annotations.read_bytes()).hexdigest(),
+        "folder": Path(os.path.abspath(folder)).name,  # not where it is: another machine may have it elsewhere
+    }
+
+
 def read_partial(path, header):
     """Return the records in a partial file, {image_id: record}."""
     try:
@@ -294,11 +303,7 @@ def run(args):
     detector = demo.FasterRCNN(args.model)
     ids = category_ids(coco, detector.classes)
     print(f"model: {args.model} ({len(detector.classes)} classes), {len(images)} pictures in {args.annotations}")
-    header = {
-        "pair": detector.config["pair"],
-        "annotations": hashlib.sha256(args.annotations.read_bytes()).hexdigest(),
-        "folder": Path(os.path.abspath(args.folder)).name,  # not where it is: another machine may have it elsewhere
-    }
+    header = describe_run(detector.config["pair"], args.annotations, args.folder)
     args.out.mkdir(parents=True, exist_ok=True)
     shard, shards = args.shard
     path = args.out / f"detections.{shard}-of-{shards}.jsonl"
