@@ -1,13 +1,13 @@
-"""Measure an exported Faster R-CNN on a data set with COCO's annotations: the twelve numbers of COCO.
+"""Measure an exported detector on a data set with COCO's annotations: COCO's twelve numbers.
 
 python evaluate.py ANNOTATIONS FOLDER                  detect in every picture that the file names, then evaluate
 python evaluate.py ANNOTATIONS FOLDER --resume         go on after an interruption
 python evaluate.py ANNOTATIONS FOLDER --shard 3/16     only every sixteenth picture, from the third on
-python evaluate.py ANNOTATIONS FOLDER --merge          join the shards, when all are done, and evaluate
+python evaluate.py ANNOTATIONS FOLDER --merge          join the shards when all are done, and evaluate
 
-Writes detections.json, COCO's list of results, to the folder --out; until it is whole, a line a picture in a partial
-file beside it. Exit status: 0 all well, 1 some pictures failed and the rest was evaluated, 2 nothing could be done,
-130 interrupted.
+Writes detections.json, COCO's list of results, to the folder --out; until it is complete, a partial file beside it
+has a line for each picture. Exit status: 0 all well, 1 some pictures failed and the rest was evaluated, 2 nothing
+could be done, 130 interrupted.
 """
 
 import argparse
@@ -21,13 +21,19 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import List, Literal, Tuple
 
-import demo  # first, because it sets the limits of cv2
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported; 1.6 GB as float32
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised, and reported by us
 
-# isort: split
-import cv2
-import numpy as np
-from tqdm import tqdm
+import cv2  # noqa: E402
+import msgspec  # noqa: E402
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from typing_extensions import Annotated  # noqa: E402
+
+from detectors import ModelError, default_folder, load, one_line, preprocess  # noqa: E402
+from pictures import coco_results, printable, read_picture, run_program, write_file  # noqa: E402
 
 try:
     from pycocotools.coco import COCO
@@ -42,59 +48,58 @@ class EvaluationError(Exception):
     """Nothing can be evaluated; the message says why and what to do."""
 
 
-def is_id(value):
-    """Return whether a value can be an id."""
-    return isinstance(value, int)
+Finite = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]
 
 
-def is_text(value):
-    """Return whether a value is a text."""
-    return isinstance(value, str)
+class Image(msgspec.Struct):
+    """A picture in an annotation file."""
+
+    id: int
+    file_name: str
 
 
-def is_number(value):
-    """Return whether a value is a finite number."""
-    return isinstance(value, (int, float)) and abs(value) < 1e9
+class Category(msgspec.Struct):
+    """A class of objects."""
+
+    id: int
+    name: str
 
 
-def is_box(value):
-    """Return whether a value is x, y, width, height."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+class Annotation(msgspec.Struct):
+    """An object in a picture."""
+
+    image_id: int
+    category_id: int
+    bbox: Tuple[Finite, Finite, Finite, Finite]  # x, y, width, height
+    area: Finite
+    iscrowd: Literal[0, 1]
 
 
-def is_flag(value):
-    """Return whether a value is 0 or 1."""
-    return isinstance(value, int) and value in (0, 1)
+class Annotations(msgspec.Struct):
+    """What pycocotools needs in an annotation file; without it, it would fail only after the last picture."""
 
-
-FIELDS = {  # what pycocotools relies on, and fails without when all pictures are done
-    "images": {"id": is_id, "file_name": is_text},
-    "categories": {"id": is_id, "name": is_text},
-    "annotations": {"image_id": is_id, "category_id": is_id, "bbox": is_box, "area": is_number, "iscrowd": is_flag},
-}
+    images: Annotated[List[Image], msgspec.Meta(min_length=1)]
+    categories: Annotated[List[Category], msgspec.Meta(min_length=1)]
+    annotations: List[Annotation] = []  # COCO's test sets have none
 
 
 def read_annotations(path):
     """Return the annotations of a file as pycocotools' COCO."""
     if COCO is None:
         raise EvaluationError("pycocotools is missing: pip install pycocotools, or uv run --extra evaluate evaluate.py")
+    content = path.read_bytes()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-            coco = COCO(str(path))
-    except OSError:
-        raise
-    except Exception as error:  # whatever is wrong with a file, it trips over somewhere
-        raise EvaluationError(f"{path} is no annotation file of COCO: {demo.first_line(error)}") from error
-    for kind, expected in FIELDS.items():
-        for entry in coco.dataset.get(kind, [] if kind == "annotations" else [{}]):  # the test sets of COCO have none
-            wrong = [name for name, fits in expected.items() if not fits(entry.get(name))]
-            if wrong:
-                raise EvaluationError(f"{path} is not of COCO's format: one of its {kind} has no valid {wrong[0]}")
-    if not coco.imgs:
-        raise EvaluationError(f"{path} names no pictures")
-    names = [category["name"] for category in coco.cats.values()]
+        checked = msgspec.json.decode(content, type=Annotations)
+        coco = COCO()
+        coco.dataset = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise EvaluationError(f"{path} is not a COCO annotation file: {one_line(error)}") from error
+    coco.dataset.setdefault("annotations", [])
+    names = [category.name for category in checked.categories]
     if len(set(names)) < len(names):
-        raise EvaluationError(f"{path} has two categories of one name")
+        raise EvaluationError(f"{path} has two categories of the same name")
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
+        coco.createIndex()
     return coco
 
 
@@ -102,11 +107,8 @@ def category_ids(coco, classes):
     """Return the category id of each class, found by its name: COCO's ids have gaps."""
     ids = {category["name"]: category["id"] for category in coco.cats.values()}
     unknown = [name for name in classes if name not in ids]
-    absent = [name for name in ids if name not in classes]
     if unknown:
         raise EvaluationError(f"the annotations do not know these classes of the model: {', '.join(unknown)}")
-    if absent:
-        raise EvaluationError(f"the model does not know these classes of the annotations: {', '.join(absent)}")
     return [ids[name] for name in classes]
 
 
@@ -127,24 +129,24 @@ def read_partial(path, header):
     try:
         lines = path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # cut while it was written
+            lines.pop()  # cut off while being written
         found, *records = [json.loads(line) for line in lines] or [header]
         found, records = dict(found), {record["image_id"]: record for record in records}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise EvaluationError(f"{path} is damaged ({demo.first_line(error)}): delete it") from error
+        raise EvaluationError(f"{path} is damaged ({one_line(error)}): delete it") from error
     for key, name in {"pair": "model", "annotations": "annotation file", "folder": "folder of pictures"}.items():
         if found.get(key) != header[key]:
-            raise EvaluationError(f"{path} is of another {name}: name that one, or another folder for --out")
+            raise EvaluationError(f"{path} belongs to another {name}: name that one, or another folder for --out")
     return records
 
 
 def open_partial(path, header, resume):
     """Return a partial file, open for more records, and the ids of the pictures that it has detections of."""
     if path.exists() and not resume:
-        raise EvaluationError(f"{path} is there, of an earlier run: go on with --resume, or delete it")
+        raise EvaluationError(f"{path} is left from an earlier run: go on with --resume, or delete it")
     records = read_partial(path, header).values() if path.exists() else []
     done = [record for record in records if "detections" in record]  # what failed is tried again
-    demo.write_file(path, "".join(json.dumps(line) + "\n" for line in [header, *done]).encode())
+    write_file(path, "".join(json.dumps(line) + "\n" for line in [header, *done]).encode())
     return path.open("a"), {record["image_id"] for record in done}
 
 
@@ -159,13 +161,13 @@ def merge(paths, header, images, out, may_be_empty=False):
     if missing:
         raise EvaluationError(
             f"{len(missing)} of {len(images)} pictures are in no shard in {out}, "
-            f"the first is {demo.printable(missing[0])}: "
+            f"the first is {printable(missing[0])}: "
             "run the shards that are missing, and those that were interrupted with --resume"
         )
     entries = [entry for image in images for entry in records[image["id"]].get("detections", [])]
     if not entries and not may_be_empty:
         raise EvaluationError("nothing was detected in any picture, so there is nothing to evaluate")
-    demo.write_file(out / "detections.json", ("[" + ",\n".join(map(json.dumps, entries)) + "]\n").encode())
+    write_file(out / "detections.json", ("[" + ",\n".join(map(json.dumps, entries)) + "]\n").encode())
     return sum("error" in record for record in records.values())
 
 
@@ -173,8 +175,8 @@ def merge(paths, header, images, out, may_be_empty=False):
 
 
 def prepare(path, settings):
-    """Return a picture as the first network takes it, see demo.preprocess."""
-    return demo.preprocess(demo.read_picture(path), **settings)
+    """Return the picture in a file as the first network takes it."""
+    return preprocess(read_picture(path), settings)
 
 
 def prepared_pictures(images, folder, settings):
@@ -196,14 +198,14 @@ def detect_all(detector, ids, images, done, folder, partial):
     """Detect in the images that are not done, and write a line for each as it comes."""
     waiting = [image for image in images if image["id"] not in done]
     with tqdm(initial=len(images) - len(waiting), total=len(images), unit="picture") as progress:
-        for image, future in prepared_pictures(waiting, folder, detector.config["preprocess"]):
+        for image, future in prepared_pictures(waiting, folder, detector.settings.preprocess):
             record = {"image_id": image["id"]}
             try:
-                found = detector.detect_in(*future.result())
-                record["detections"] = demo.as_coco(found, image["id"], image["file_name"], detector.classes, ids)
-            except (demo.ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
-                record["error"] = demo.first_line(error)
-                name = demo.printable(image["file_name"])
+                found = detector.detect_in(future.result())
+                record["detections"] = coco_results(found, image, detector.classes, ids)
+            except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
+                record["error"] = one_line(error)
+                name = printable(image["file_name"])
                 tqdm.write(f"evaluate.py: {name}: {record['error']}", file=sys.stderr)
             partial.write(json.dumps(record) + "\n")
             partial.flush()
@@ -213,10 +215,11 @@ def detect_all(detector, ids, images, done, folder, partial):
 # ---------------------------------------------------------------------- COCO's numbers
 
 
-def evaluate(coco, path):
-    """Return pycocotools' evaluation of the results in a file."""
+def evaluate(coco, path, ids):
+    """Return pycocotools' evaluation of the results in a file, for the categories with these ids."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco, coco.loadRes(str(path)), "bbox")
+        evaluation.params.catIds = ids
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
@@ -234,21 +237,22 @@ def class_precision(evaluation):
 
 def print_class_precision(coco, evaluation):
     """Print a line for each class."""
-    width = max(len(category["name"]) for category in coco.cats.values())
+    precision = class_precision(evaluation)
+    width = max(len(coco.cats[category]["name"]) for category in [*precision])
     print(f"{'class':{width}}     AP   AP50")
-    for category, averages in class_precision(evaluation).items():
+    for category, averages in precision.items():
         print(f"{coco.cats[category]['name']:{width}}  " + "  ".join(f"{average:.3f}" for average in averages))
 
 
-def report(coco, path, per_class):
+def report(coco, path, ids, per_class):
     """Print the twelve numbers of the results in a file and, if wanted, a line for each class."""
-    if coco.anns:
-        evaluation = evaluate(coco, path)
+    if coco.getAnnIds(catIds=ids):
+        evaluation = evaluate(coco, path, ids)
         evaluation.summarize()  # prints them
         if per_class:
             print_class_precision(coco, evaluation)
     else:
-        print("the annotation file has no annotations, so there is nothing to measure")
+        print("the annotation file has no annotations of the model's classes, so there is nothing to measure")
     print(f"written: {path}")
 
 
@@ -259,33 +263,20 @@ def read_shard(text):
     """Return 3/16 as (3, 16)."""
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if not match or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text} is not like 3/16, the third of sixteen")
+        raise argparse.ArgumentTypeError(f"{text} is not a part such as 3/16, the third of sixteen")
     return int(match[1]), int(match[2])
 
 
 def read_arguments(arguments):
     """Return what the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "annotations", metavar="ANNOTATIONS", type=Path, help="COCO's JSON file, instances_val2017.json"
-    )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the pictures are that it names")
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        type=Path,
-        default=demo.default_model(),
-        help="folder of model1.onnx and model2.onnx (default: as in demo.py)",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("output"), help="for the results (default: output)"
-    )
-    parser.add_argument("--per-class", action="store_true", help="print the average precision of each class as well")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run whose partial file is in --out, if any"
-    )
+    parser = argparse.ArgumentParser("evaluate.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("annotations", metavar="ANNOTATIONS", type=Path, help="a COCO annotation file, such as instances_val2017.json")
+    add("folder", metavar="FOLDER", type=Path, help="the folder of its pictures")
+    add("--model", metavar="DIR", type=Path, default=default_folder(), help="folder of an export (default: as demo.py)")
+    add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the results (default: output)")
+    add("--per-class", action="store_true", help="print the average precision of each class, too")
+    add("--resume", action="store_true", help="go on with the run whose partial file is in --out, if there is one")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument(
         "--shard", metavar="I/N", type=read_shard, default=(1, 1), help="take every N-th picture from the I-th on"
@@ -298,12 +289,14 @@ def run(args):
     """Do what the command line says; return the exit status."""
     coco = read_annotations(args.annotations)
     if not args.folder.is_dir():
-        raise EvaluationError(f"{args.folder} is no folder")
+        raise EvaluationError(f"{args.folder} is not a folder")
     images = [coco.imgs[image_id] for image_id in sorted(coco.imgs)]
-    detector = demo.FasterRCNN(args.model)
+    detector = load(args.model)
     ids = category_ids(coco, detector.classes)
-    print(f"model: {args.model} ({len(detector.classes)} classes), {len(images)} pictures in {args.annotations}")
-    header = describe_run(detector.config["pair"], args.annotations, args.folder)
+    print(f"model: {args.model} ({len(ids)} classes), {len(images)} pictures in {args.annotations}")
+    if len(coco.cats) > len(ids):
+        print(f"{len(coco.cats) - len(ids)} categories that the model does not know are left out")
+    header = describe_run(detector.settings.pair, args.annotations, args.folder)
     args.out.mkdir(parents=True, exist_ok=True)
     shard, shards = args.shard
     path = args.out / f"detections.{shard}-of-{shards}.jsonl"
@@ -319,8 +312,8 @@ def run(args):
         print(f"shard {shard}/{shards}: {path}; when all shards are done, evaluate with --merge")
     else:
         paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
-        failures = merge(paths, header, images, args.out, may_be_empty=not coco.anns)
-        report(coco, args.out / "detections.json", args.per_class)
+        failures = merge(paths, header, images, args.out, may_be_empty=not coco.getAnnIds(catIds=ids))
+        report(coco, args.out / "detections.json", ids, args.per_class)
         if path.exists() and not failures:  # with it, --resume tries only the failed ones again
             path.unlink()
     if failures:
@@ -333,8 +326,8 @@ def main(arguments=None):
     args = read_arguments(arguments)
     try:
         return run(args)
-    except (EvaluationError, demo.ModelError, OSError) as error:
-        print(f"evaluate.py: {demo.first_line(error)}", file=sys.stderr)
+    except (EvaluationError, ModelError, OSError) as error:
+        print(f"evaluate.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"evaluate.py: interrupted; what is done is in {args.out}: go on with --resume", file=sys.stderr)
@@ -342,4 +335,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    demo.run_program(main)
+    run_program(main)

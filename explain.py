@@ -1,4 +1,4 @@
-"""Draw Faster R-CNN at work on your picture: nine PNGs, from the arrays that the pipeline itself computes.
+"""Draw Faster R-CNN at work on your picture: nine PNGs, from the arrays that the detector itself computes.
 
 python explain.py PICTURE      into the folder output/: 1_input.png to 9_result.png, and index.html with all of them
 
@@ -9,17 +9,22 @@ import argparse
 import base64
 import html
 import io
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import demo  # first, because it sets the limits of cv2
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported; 1.6 GB as float32
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised, and reported by us
 
-# isort: split
-import cv2
-import numpy as np
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
 
-from postprocess import (
+from detectors import ModelError, default_folder, load, one_line  # noqa: E402
+from pictures import draw, drawable_names, printable, read_picture, run_program, write_file  # noqa: E402
+from postprocess import (  # noqa: E402
+    NMS_SPLIT,
+    base_anchors,
     decode_boxes,
     grid_anchors,
     interpolation_matrices,
@@ -58,21 +63,41 @@ class Pipeline:
     """A detector, a picture and the arrays of every stage: self.propose["candidates"] and so on."""
 
     def __init__(self, detector, image):
-        self.detector, self.image = detector, image
+        self.detector, self.image, self.settings = detector, image, detector.settings
         self.detections = detector(image, self.record)
-        self.config = detector.config
-        self.strides = self.config["anchors"]["strides"]
-        names = demo.drawable_names(detector.classes)
+        self.returned = self.detect["kept"][: len(self.detections.boxes)]  # the candidates that became detections
+        names = drawable_names(detector.classes)
         self.classes = [name.replace("$", r"\$") for name in names]  # between two, matplotlib reads TeX
-        settings = self.config["preprocess"]
-        pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings["std"]) + settings["mean"]
-        self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings["to_rgb"] else -1]
+
+        anchors = self.settings.proposals.anchors
+        self.strides = anchors.strides
+        self.bases = [
+            base_anchors(size, anchors.scales, anchors.ratios, anchors.center_offset) for size in anchors.base_sizes
+        ]
+        self.cls, self.reg, self.features = (
+            [self.model1[f"{kind}_{level}"][0] for level in range(len(self.strides))] for kind in ("cls", "reg", "feat")
+        )
+
+        settings = self.settings.preprocess
+        pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings.std) + np.float32(settings.mean)
+        self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings.to_rgb else -1]
         height, width = self.preprocess["image_size"]
         self.resized = self.seen[:height, :width]
 
     def record(self, stage, **arrays):
         """Keep the arrays of a stage under its name."""
         setattr(self, stage, arrays)
+
+
+def listed(values):
+    """Return numbers as a text: "0.5, 1 and 2"."""
+    texts = [f"{value:,}" if isinstance(value, (int, np.integer)) else f"{value:g}" for value in values]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def level_names(number):
+    """Return the names of so many levels as a text."""
+    return "level 0" if number == 1 else f"levels 0 to {number - 1}"
 
 
 # ---------------------------------------------------------------------- drawing
@@ -162,28 +187,31 @@ def draw_input(p):
             )
     axis.set_xticks([0, width], ["0", f"{width}"])
     axis.set_yticks([0, height], ["0", f"{height}"])
-    settings = p.config["preprocess"]
-    axis.set_xlabel(
-        f"every pixel minus the mean, divided by the standard deviation; hatched: zeros, up to multiples of "
-        f"{settings['pad_divisor']}"
-    )
+    settings = p.settings.preprocess
+    hatched = f"; hatched: zeros, up to multiples of {settings.pad_divisor}" if p.seen.shape != p.resized.shape else ""
+    axis.set_xlabel("shown before normalisation" + hatched)
+    long_side, short_side = max(settings.scale), min(settings.scale)
+    resized = f"to {width} x {height} pixels, whatever its shape"
+    if settings.keep_ratio:
+        resized = f"until its long side is {long_side} pixels or its short side {short_side}, whichever comes first"
     text = (
-        f"The picture is resized so that it fits into {settings['scale'][0]} x {settings['scale'][1]}, normalised with "
-        f"mean {settings['mean']} and deviation {settings['std']}, and padded with zeros, so that every level of "
-        "the pyramid has a whole number of cells."
+        f"The picture is resized {resized}. Then it is normalised: from each channel its mean is subtracted "
+        f"({listed(settings.mean)}), and the rest is divided by its standard deviation ({listed(settings.std)}). Zeros "
+        f"on the right and at the bottom make both sides multiples of {settings.pad_divisor}, because the first "
+        "network halves the picture again and again."
     )
-    return Page("1_input", caption, text, "demo.preprocess", figure)
+    return Page("1_input", caption, text, "detectors.preprocess", figure)
 
 
 def draw_anchors(p):
     """2: the anchors of three cells of each level, to scale."""
-    levels, bases = len(p.strides), p.detector.base_anchors
-    counts = [len(base) * scores[0].size for base, scores in zip(bases, p.model1["rpn_reg"])]
-    caption = f"2  Anchors: {sum(counts):,} boxes of fixed size, {len(bases[0])} at every cell of every level"
+    levels, bases, settings = len(p.strides), p.bases, p.settings.proposals.anchors
+    counts = [len(base) * deltas[0].size for base, deltas in zip(bases, p.reg)]
+    caption = f"2  Anchors: {sum(counts):,} boxes of fixed sizes, {len(bases[0])} at every cell of every level"
     figure, axes = level_panels(p, caption, fade=0.55)
     height, width = p.resized.shape[:2]
     for level, axis in enumerate(axes):
-        map_height, map_width = p.model1["rpn_reg"][level].shape[1:]
+        map_height, map_width = p.reg[level].shape[1:]
         axis.set_title(f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fontsize=11)
         for part in (0.2, 0.5, 0.8):
             y, x = int(min(height / p.strides[level], map_height) / 2), int(width / p.strides[level] * part)
@@ -194,121 +222,133 @@ def draw_anchors(p):
             axis.plot(*((anchors[0, :2] + anchors[0, 2:]) / 2), "+", color="black", ms=6)
         axis.set_xlim(-0.3 * width, 1.3 * width)
         axis.set_ylim(1.3 * height, -0.3 * height)
-    anchors = p.config["anchors"]
     text = (
-        f"An anchor is a guess that costs nothing. Ratios of height to width {anchors['ratios']} and scales "
-        f"{[round(scale, 2) for scale in anchors['scales']]} times the level's base size give {len(bases[0])} at each "
-        f"cell: {', '.join(f'{count:,}' for count in counts)} on levels 0 to {levels - 1}. Three cells of each are "
-        "shown; coarse levels have few, large anchors."
+        "The search starts from anchors: boxes that are the same for every picture of this size. Their height is "
+        f"{listed(settings.ratios)} times their width, and the side of a square one is {listed(settings.scales)} times "
+        f"the base size of its level. That makes {listed(counts)} on {level_names(levels)}. Each panel shows the "
+        "anchors of three cells, with a cross in their centre. Coarse levels have few anchors, and large ones."
     )
     return Page("2_anchors", caption, text, "postprocess.base_anchors, postprocess.grid_anchors", figure)
 
 
 def draw_objectness(p):
     """3: the RPN's scores of each level over the picture."""
-    strides, maps = p.strides, []
-    for logits, base in zip(p.model1["rpn_cls"], p.detector.base_anchors):
-        maps.append(objectness(logits, len(base)).reshape(*logits.shape[1:], len(base)).max(axis=2))
+    strides, softmax_of_two, maps = p.strides, p.settings.proposals.softmax, []
+    for logits, base in zip(p.cls, p.bases):
+        maps.append(objectness(logits, softmax_of_two).reshape(*logits.shape[1:], len(base)).max(axis=2))
     best = max(scores.max() for scores in maps)
-    caption = f"3  Objectness: how sure the RPN is of an object at each cell (best {best:.2f})"
+    caption = f"3  Objectness: how sure the RPN is that there is an object at a cell (best {best:.2f})"
     figure, axes = level_panels(p, caption, fade=0.3)
     for level, axis in enumerate(axes):
         axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
         map_height, map_width = maps[level].shape
-        anchor = p.detector.base_anchors[level][0]
-        left, top = (anchor[:2] + anchor[2:]) / 2 - strides[level] / 2  # around the centre of its anchors lies a cell
+        anchor = p.bases[level][0]
+        left, top = (anchor[:2] + anchor[2:]) / 2 - strides[level] / 2  # a cell lies around the centre of its anchors
         extent = (left, left + map_width * strides[level], top + map_height * strides[level], top)
         alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
         axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
         axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
     add_score_bar(figure, list(axes), "objectness")
+    logit, function = ("a pair of logits", "softmax") if softmax_of_two else ("a logit", "sigmoid")
     text = (
-        "The first network gives every anchor a logit; from it comes its objectness, without saying of what class. "
-        "Shown is the best anchor of each cell. Small things light up on fine levels, large ones on coarse levels."
+        f"For every anchor the first network predicts {logit}, which a {function} turns into its objectness: how "
+        "likely it is to hold an object, of whatever class. A cell has the colour of its best anchor's objectness and "
+        "is drawn around their centre. Small objects light up on the fine levels, large ones on the coarse levels."
     )
     return Page("3_objectness", caption, text, "model1.onnx, postprocess.objectness", figure)
 
 
 def draw_proposals(p, shown=60):
-    """4: the best decoded anchors before and after NMS."""
+    """4: the best decoded anchors, what NMS keeps of them, and what goes on."""
     stage = p.propose
-    before, after = len(stage["candidates"]), len(stage["proposals"])
-    caption = f"4  Proposals: {before:,} decoded anchors before NMS, {after:,} after"
+    before, kept, after = (len(stage[name]) for name in ("candidates", "kept", "proposals"))
+    caption = f"4  Proposals: {before:,} decoded anchors, {kept:,} kept by NMS, {after:,} go on"
     figure = new_figure(caption, panel_height(p.resized, 2))
     left, right = axes = figure.subplots(1, 2)
     drawn = [np.flatnonzero(stage["levels"] == level)[:shown] for level in range(len(p.strides))]
     drawn = np.concatenate(drawn) if before else np.zeros(0, int)
     drawn = drawn[np.argsort(stage["scores"][drawn], kind="stable")]  # the best on top
-    for axis, which in ((left, drawn), (right, drawn[np.isin(drawn, stage["kept"])])):
-        show(axis, p.resized, fade=0.5)
-        draw_boxes(axis, stage["candidates"][which], colours_of_scores(stage["scores"][which]), 1)
-        axis.set_title(f"{'before' if axis is left else 'after'}: {len(which)} drawn", fontsize=11)
+    go_on, left_behind = (drawn[np.isin(drawn, part)] for part in (stage["kept"][:after], stage["kept"][after:]))
+    for axis, which, style in ((left, drawn, "solid"), (right, left_behind, "dotted"), (right, go_on, "solid")):
+        if not axis.images:
+            show(axis, p.resized, fade=0.5)
+        draw_boxes(axis, stage["candidates"][which], colours_of_scores(stage["scores"][which]), 1, style)
+    left.set_title(f"the best {shown} of each level: {len(drawn):,} boxes", fontsize=11)
+    dotted = f" ({len(left_behind)} of them, dotted, do not go on)" if len(left_behind) else ""
+    right.set_title(f"NMS keeps {len(go_on) + len(left_behind):,} of them{dotted}", fontsize=11)
     add_score_bar(figure, list(axes), "objectness")
-    settings = p.config["rpn"]
-    counts = np.bincount(stage["levels"], minlength=len(p.strides)) if before else []
-    how_many = f"The best {settings['nms_pre']}" if settings["nms_pre"] > 0 else "All"
-    text = (
-        f"{how_many} anchors of each level are moved and scaled by the deltas that the network "
-        f"predicts for them ({', '.join(map(str, counts))} by level). They crowd around objects: NMS keeps the best "
-        f"and removes what overlaps it by an IoU above {settings['iou_threshold']}; {after:,} go on. Drawn are the "
-        f"best {shown} of each level, and those of them that stay."
+    functions = (
+        "postprocess.propose, postprocess.top_k, postprocess.decode_boxes, postprocess.batched_nms, postprocess.nms"
     )
-    functions = "postprocess.propose: top_k, decode_boxes, batched_nms"
-    return Page("4_proposals", caption, text, functions, figure)
+    return Page("4_proposals", caption, tell_proposals(p, shown), functions, figure)
+
+
+def tell_proposals(p, shown):
+    """Return the text of picture 4."""
+    stage, settings = p.propose, p.settings.proposals
+    decoded = [len(base) * deltas[0].size for base, deltas in zip(p.bases, p.reg)]
+    if settings.nms_pre > 0:
+        decoded = [min(count, settings.nms_pre) for count in decoded]
+    dropped, kept = sum(decoded) - len(stage["candidates"]), len(stage["kept"])
+    which = f"best {settings.nms_pre:,} anchors" if settings.nms_pre > 0 else "anchors"
+    text = (
+        f"The {which} of each level are moved and scaled by the deltas that the first network predicts for them: "
+        f"{listed(decoded)} boxes on {level_names(len(decoded))}. "
+    )
+    if dropped:
+        text += f"{dropped:,} of them are dropped, because a side is no longer than {settings.min_bbox_size:g} pixels. "
+    return text + (
+        "They crowd around the objects. NMS goes through the boxes of each level from the best to the worst, and "
+        f"removes a box if its IoU with a better one that stays is above {settings.iou_threshold:g}: it removes "
+        f"{len(stage['candidates']) - kept:,} and keeps {kept:,}. No more than {settings.max_per_img:,} may go on, "
+        f"the best of all levels: here {len(stage['proposals']):,}. Drawn are the best {shown} boxes of each level, "
+        "and what NMS keeps of them."
+    )
 
 
 def draw_pyramid(p, shown=40):
     """5: the level of the pyramid that each proposal is assigned to."""
-    proposals, levels, roi = p.propose["proposals"], p.align["levels"], p.config["roi"]
-    num_levels = len(roi["strides"])
+    proposals, levels, settings = p.propose["proposals"], p.align["levels"], p.settings.rois
+    num_levels = len(settings.strides)
     counts = np.bincount(levels, minlength=num_levels)
-    caption = "5  Pyramid: proposals on each level: " + ", ".join(f"{count:,}" for count in counts)
+    gets = "the level gets" if num_levels == 1 else "the levels get"
+    caption = f"5  Pyramid: {gets} {listed(counts)} proposals"
     figure = new_figure(caption, max(panel_height(p.resized, 1.8), 3.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     show(left, p.resized, f"the best {shown} of each level", fade=0.5)
     for level in range(num_levels):
         draw_boxes(left, proposals[levels == level][:shown], PALETTE[level % len(PALETTE)], 1.2)
-    sizes = np.sqrt(np.maximum((proposals[:, 2:] - proposals[:, :2]).prod(axis=1), 1))
-    thresholds = roi["finest_scale"] * 2.0 ** np.arange(1, num_levels)
-    low, high = np.log2([min([*sizes, 16]), max([*sizes, *thresholds * 1.4])] / np.float64(roi["finest_scale"]))
-    bins = roi["finest_scale"] * 2 ** (np.arange(np.floor(low * 6), np.ceil(high * 6) + 1) / 6)  # a level is six bins
-    colours = [PALETTE[level % len(PALETTE)] for level in range(num_levels)]
-    labels = [f"level {level}, stride {stride}" for level, stride in enumerate(roi["strides"])]
-    right.hist([sizes[levels == level] for level in range(num_levels)], bins, stacked=True, color=colours, label=labels)
-    for threshold in thresholds:
-        right.axvline(threshold, color="black", lw=1, ls="--")
-    right.set_xscale("log")
-    right.set_xticks([16, 32, *thresholds], ["16", "32", *(f"{threshold:g}" for threshold in thresholds)])
-    right.minorticks_off()
-    right.set_xlabel("sqrt(width x height), pixels")
-    right.set_ylabel("proposals")
-    right.legend(fontsize=9, loc="upper right")
-    right.set_title(
-        rf"level = $\lfloor \log_2 (\sqrt{{w h}}\,/\,{roi['finest_scale']}) \rfloor$, 0 to {num_levels - 1}",
-        fontsize=11,
-    )
+    draw_sizes(right, p)
     text = (
-        "A small box needs fine features, a large one coarse features. The level is the logarithm of the box's size "
-        f"over {roi['finest_scale']} pixels, rounded down; dashed lines are where it changes. RoIs read only the "
-        f"finest levels, {num_levels} of them."
+        "A small box needs fine features, a large one coarse features. Its level is the logarithm (to base 2) of its "
+        f"size over {settings.finest_scale:g} pixels, rounded down; the dashed lines are where the level changes."
     )
+    if num_levels < len(p.strides):
+        text += f" Of the {len(p.strides)} levels, only the {num_levels} finest give features to the second network."
     return Page("5_pyramid", caption, text, "postprocess.assign_levels", figure)
 
 
-def explained_roi(p):
-    """Return the proposal that the best detection came from, or else the best proposal; None if there is none."""
-    if len(p.detect["kept"]):
-        return p.detect["rois"][p.detect["kept"][0]]
-    return 0 if len(p.propose["proposals"]) else None
-
-
-def principal_component(features):
-    """Return the first principal component of features [..., C] as a function of features [..., C]."""
-    flat = features.reshape(-1, features.shape[-1])
-    mean = flat.mean(axis=0)
-    direction = np.linalg.svd(flat - mean, full_matrices=False)[2][0]
-    direction = direction * np.sign(direction.sum() or 1)
-    return lambda values: (values - mean) @ direction
+def draw_sizes(axis, p):
+    """Draw how many proposals there are of each size, coloured by level, and the sizes where the level changes."""
+    proposals, levels, settings = p.propose["proposals"], p.align["levels"], p.settings.rois
+    scale, num_levels = settings.finest_scale, len(settings.strides)
+    sizes = np.sqrt(np.maximum((proposals[:, 2:] - proposals[:, :2]).prod(axis=1), 1))
+    thresholds = scale * 2.0 ** np.arange(1, num_levels)
+    low, high = np.log2([min([*sizes, 16]), max([*sizes, *thresholds * 1.4])] / np.float64(scale))
+    bins = scale * 2 ** (np.arange(np.floor(low * 6), np.ceil(high * 6) + 1) / 6)  # a level is six bins
+    colours = [PALETTE[level % len(PALETTE)] for level in range(num_levels)]
+    labels = [f"level {level}, stride {stride}" for level, stride in enumerate(settings.strides)]
+    axis.hist([sizes[levels == level] for level in range(num_levels)], bins, stacked=True, color=colours, label=labels)
+    for threshold in thresholds:
+        axis.axvline(threshold, color="black", lw=1, ls="--")
+    axis.set_xscale("log")
+    axis.set_xticks([16, 32, *thresholds], ["16", "32", *(f"{threshold:g}" for threshold in thresholds)])
+    axis.minorticks_off()
+    axis.set_xlabel("sqrt(width x height), pixels")
+    axis.set_ylabel("proposals")
+    axis.legend(fontsize=9, loc="upper right", framealpha=1)
+    limits = f"limited to 0 .. {num_levels - 1}" if num_levels > 1 else "limited to 0"
+    axis.set_title(rf"level = $\lfloor \log_2 (\sqrt{{w h}}\,/\,{scale:g}) \rfloor$, {limits}", fontsize=11)
 
 
 class Sampling(NamedTuple):
@@ -323,57 +363,91 @@ class Sampling(NamedTuple):
 
 def sampling_of(p, which):
     """Return the Sampling of a proposal."""
-    roi, level = p.config["roi"], p.align["levels"][which]
-    height, width = p.model1["features"][level].shape[1:]
-    start, lengths = to_cells(p.propose["proposals"][[which]], roi["strides"][level], roi["aligned"])
+    settings, level = p.settings.rois, p.align["levels"][which]
+    height, width = p.features[level].shape[1:]
+    start, lengths = to_cells(p.propose["proposals"][[which]], settings.strides[level], settings.aligned)
     sampling = Sampling(start[0], lengths[0], [], [], [])
     for axis, map_length in enumerate((width, height)):
-        interval, bins = (start[:, axis], lengths[:, axis]), (roi["output_size"], roi["sampling_ratio"])
-        matrices, first, stop = interpolation_matrices(*interval, map_length, *bins)
-        sampling.points.append(sample_points(*interval, *bins)[0][0])
+        matrices, first, stop = interpolation_matrices(start[:, axis], lengths[:, axis], map_length, settings)
+        sampling.points.append(sample_points(start[:, axis], lengths[:, axis], settings)[0][0])
         sampling.cells.append((first[0], stop[0]))
         sampling.matrices.append(matrices[0, :, : stop[0] - first[0]])
     return sampling
 
 
+def explained_roi(p):
+    """Return the best proposal whose bins have 2 x 2 points, or else the best; None if there is none.
+
+    A proposal that became a detection counts as better than one that did not, and the best detection's as the best.
+    """
+    best_first = [*p.detect["rois"][p.returned], *range(len(p.propose["proposals"]))]
+    for which in best_first:
+        if [points.shape[1] for points in sampling_of(p, which).points] == [2, 2]:
+            return which
+    return best_first[0] if best_first else None
+
+
+def principal_component(features):
+    """Return the first principal component of features [..., C] as a function of features [..., C]."""
+    flat = features.reshape(-1, features.shape[-1])
+    mean = flat.mean(axis=0)
+    direction = np.linalg.svd(flat - mean, full_matrices=False)[2][0]
+    direction = direction * np.sign(direction.sum() or 1)
+    return lambda values: (values - mean) @ direction
+
+
 def draw_roi_align(p):
     """6: RoIAlign of one proposal, from the sample points to the result."""
-    which, functions = explained_roi(p), "postprocess.to_cells, sample_points, interpolation_matrices, roi_align"
+    functions = ", ".join(
+        f"postprocess.{name}" for name in ("to_cells", "sample_points", "interpolation_matrices", "roi_align")
+    )
+    which = explained_roi(p)
     if which is None:
         return empty_page(p, "6_roi_align", "6  RoIAlign: there is no proposal", functions)
-    level, sampling, bins = p.align["levels"][which], sampling_of(p, which), p.config["roi"]["output_size"]
+    level, sampling, bins = p.align["levels"][which], sampling_of(p, which), p.settings.rois.output_size
     (left, right), (top, bottom) = sampling.cells
-    crop = p.model1["features"][level][:, top:bottom, left:right].transpose(1, 2, 0)
+    crop = p.features[level][:, top:bottom, left:right].transpose(1, 2, 0)
     project = principal_component(crop)
+    points = " x ".join(str(points.shape[1]) for points in sampling.points)
     cells = f"{right - left} x {bottom - top} cells"
-    caption = f"6  RoIAlign: {bins} x {bins} bins for a proposal, from {cells} of level {level}"
+    caption = f"6  RoIAlign: {bins} x {bins} bins of {points} points, from {cells} of level {level}"
     figure = new_figure(caption, 7.2)
-    grid = figure.subplot_mosaic([["picture", "crop", "result"], ["y", "y", "x"]], height_ratios=(1.5, 1))
+    rows = [["picture"] * 2 + ["crop"] * 2 + ["result"] * 2, ["y"] * 3 + ["x"] * 3]
+    grid = figure.subplot_mosaic(rows, height_ratios=(1.5, 1))
     box = p.propose["proposals"][[which]]
-    draw_zoom(grid["picture"], p.resized, box, "the proposal in the picture")
+    draw_zoom(grid["picture"], p.resized, box, f"proposal {which + 1:,} in the picture")
     draw_boxes(grid["picture"], box, PALETTE[5], 2)
     draw_crop(grid["crop"], project(crop), sampling, bins)
     result = project(p.align["roi_feats"][which].transpose(1, 2, 0))
     figure.colorbar(grid["result"].imshow(result, cmap="cividis"), ax=grid["result"], shrink=0.7)
-    grid["result"].set_title(f"result: {bins} x {bins} bins", fontsize=11)
+    grid["result"].set_title(f"the result: {bins} x {bins} bins", fontsize=11)
     draw_matrix(grid["y"], sampling.matrices[1], "y", "rows")
     draw_matrix(grid["x"], sampling.matrices[0], "x", "columns")
-    points = f"{sampling.points[0].shape[1]} x {sampling.points[1].shape[1]}"
-    text = (
-        f"The second network wants {bins} x {bins} numbers a channel, whatever the box's size. Each bin is the mean "
-        f"of {points} points, and each point lies between four cells. Weights of rows times weights of columns: for "
-        "all bins together this is Wy @ crop @ Wx transposed. Colours are the first principal component of "
-        f"{crop.shape[2]} channels; the result is what the second network gets."
+    return Page("6_roi_align", caption, tell_roi_align(p, points), functions, figure)
+
+
+def tell_roi_align(p, points):
+    """Return the text of picture 6, whose bins have so many points: "2 x 2"."""
+    settings, channels = p.settings.rois, len(p.features[0])
+    bins, number = f"{settings.output_size} x {settings.output_size}", "as in every bin"
+    if settings.sampling_ratio == 0:
+        number = "along each axis as many as a bin is cells long, rounded up"
+    return (
+        f"The second network takes {bins} values from each channel, however large the proposal is. So RoIAlign cuts "
+        f"the proposal into {bins} bins, and the value of a bin is the mean of its sample points: here {points} "
+        f"({number}). A point takes its value from the four cells around it, and the nearest counts most. The weight "
+        "of a cell in a bin is the weight of its row times the weight of its column. So two matrix products compute "
+        "all bins at once: Wy @ crop @ Wx transposed. The colours of the crop and of the result are the first "
+        f"principal component of {channels} channels. The result is what the second network sees."
     )
-    return Page("6_roi_align", caption, text, functions, figure)
 
 
 def draw_matrix(axis, matrix, name, cells):
     """Draw an interpolation matrix."""
     axis.imshow(matrix, cmap="cividis", aspect="auto", vmin=0)
-    axis.set_title(f"$W_{name}$: each bin's weights of the {cells}", fontsize=11)
+    axis.set_title(f"$W_{name}$: the weight of each {cells[:-1]} in each bin", fontsize=11)
     axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    axis.set_xlabel(cells)
+    axis.set_xlabel(f"{cells} of the crop")
     axis.set_ylabel("bins")
 
 
@@ -396,8 +470,8 @@ def draw_crop(axis, values, sampling, bins):
     axis.vlines(np.linspace(x1, x2, bins + 1), y1, y2, color="white", lw=1)
     axis.hlines(np.linspace(y1, y2, bins + 1), x1, x2, color="white", lw=1)
     x, y = np.meshgrid(*(points.ravel() for points in sampling.points))
-    axis.plot(x.ravel(), y.ravel(), ".", color=PALETTE[5], ms=3)
-    axis.set_title("its cells, bins, sample points", fontsize=11)
+    axis.plot(x.ravel(), y.ravel(), "o", color=PALETTE[5], ms=3.5, mec="white", mew=0.5)
+    axis.set_title("its cells (the crop), bins and points", fontsize=11)
 
 
 def draw_head(p, shown=4):
@@ -407,50 +481,55 @@ def draw_head(p, shown=4):
     if len(best) == 0:
         return empty_page(p, "7_head", "7  Head: no class has a score above the threshold", functions)
     caption = (
-        f"7  Head: {len(p.model2['cls']):,} proposals get class scores and a better box (dashed: before, solid: after)"
+        f"7  Head: class scores and a better box for each of {len(p.model2['cls']):,} proposals "
+        "(dashed: before, solid: after)"
     )
     figure = new_figure(caption, 4.6)
     axes = figure.subplots(2, shown, squeeze=False, height_ratios=(1.6, 1))
-    for column, (above, below) in enumerate(axes.T):
-        if column >= len(best):
-            above.axis("off")
-            below.axis("off")
-            continue
-        which, label, colour = p.detect["rois"][best[column]], p.detect["labels"][best[column]], PALETTE[column]
-        before, after = p.propose["proposals"][which], refined(p, which, label)
-        draw_zoom(above, p.resized, np.stack([before, after]), f"proposal {which + 1:,}")
-        draw_boxes(above, before[None], colour, 1.5, "dashed")
-        draw_boxes(above, after[None], colour, 2)
-        for corner in ([0, 1], [2, 3], [0, 3], [2, 1]):
-            arrow = {"arrowstyle": "->", "color": "black", "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
-            above.annotate("", after[corner], before[corner], arrowprops=arrow)
-        draw_class_scores(below, softmax(p.model2["cls"][which]), [*p.classes, "background"], colour)
+    for (above, below), candidate, colour in zip(axes.T, best, PALETTE):
+        draw_regression(above, p, candidate, colour)
+        scores = softmax(p.model2["cls"][p.detect["rois"][candidate]])
+        draw_class_scores(below, scores, [*p.classes, "background"], colour)
+    for axis in axes[:, len(best) :].ravel():
+        axis.axis("off")
+    deltas = "four deltas" if p.settings.head.class_agnostic else "four deltas for each class"
     text = (
-        "The second network sees only the pooled features of a proposal. It answers with a score for every class and "
-        "for the background (softmax), and with four deltas for every class, which move the box once more. Shown are "
-        "the detections whose boxes moved most; the proposals count from the best one."
+        "All that the second network sees of a proposal are its pooled features. It answers with a score for each "
+        f"class and for the background (a softmax), and with {deltas}, which move and scale the box once more. Shown "
+        "are the detections whose boxes moved most; proposals are numbered by their objectness, the best first."
     )
     return Page("7_head", caption, text, functions, figure)
 
 
+def draw_regression(axis, p, candidate, colour):
+    """Show the proposal that a candidate came from, its box before and after the regression, and how corners moved."""
+    which, label = p.detect["rois"][candidate], p.detect["labels"][candidate]
+    before, after = p.propose["proposals"][which], refined(p, which, label)
+    draw_zoom(axis, p.resized, np.stack([before, after]), f"proposal {which + 1:,}")
+    draw_boxes(axis, before[None], colour, 1.5, "dashed")
+    draw_boxes(axis, after[None], colour, 2)
+    for corner in ([0, 1], [2, 3], [0, 3], [2, 1]):
+        arrow = {"arrowstyle": "->", "color": "black", "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
+        axis.annotate("", after[corner], before[corner], arrowprops=arrow)
+
+
 def moving_most(p, count):
     """Return the candidates that became confident detections, those first whose proposal the head moved most."""
-    stage = p.detect
-    kept = stage["kept"][stage["scores"][stage["kept"]] >= SHOWN_SCORE]
-    kept = kept if len(kept) else stage["kept"]
+    stage, confident = p.detect, p.returned[p.detections.scores >= SHOWN_SCORE]
+    chosen = confident if len(confident) else p.returned
     overlaps = [
         pairwise_iou(p.propose["proposals"][[roi]], refined(p, roi, label)[None])[0, 0]
-        for roi, label in zip(stage["rois"][kept], stage["labels"][kept])
+        for roi, label in zip(stage["rois"][chosen], stage["labels"][chosen])
     ]
-    return kept[np.argsort(overlaps, kind="stable")][:count]
+    return chosen[np.argsort(overlaps, kind="stable")][:count]
 
 
 def refined(p, which, label):
     """Return a proposal's box [4] after its regression for a class."""
-    head = p.config["rcnn"]
-    deltas = p.model2["reg"][which].reshape(-1, 4)[0 if head["class_agnostic"] else label]
+    settings = p.settings.head
+    deltas = p.model2["reg"][which].reshape(-1, 4)[0 if settings.class_agnostic else label]
     size = p.preprocess["image_size"]
-    return decode_boxes(p.propose["proposals"][which][None], deltas[None], head["means"], head["stds"], size)[0]
+    return decode_boxes(p.propose["proposals"][which][None], deltas[None], settings.means, settings.stds, size)[0]
 
 
 def draw_class_scores(axis, scores, classes, colour):
@@ -465,25 +544,35 @@ def draw_class_scores(axis, scores, classes, colour):
     axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def removers(p):
-    """Return the candidates that NMS removed, for each the kept one that removed it, and their IoU; the least first.
+def of_all_classes(p):
+    """Return whether boxes of all classes met in the last NMS."""
+    return p.settings.head.nms_class_agnostic and len(p.detect["candidates"]) < NMS_SPLIT
 
-    Only candidates of one class can remove each other, unless NMS is class-agnostic.
+
+def removers(p):
+    """Return the candidates that others removed, for each the kept one that did it, and their IoU; the least first.
+
+    NMS is replayed with the boxes that it kept, the best first; like batched_nms, with the classes moved apart.
     """
-    stage, settings = p.detect, p.config["rcnn"]
-    kept = stage["kept"]
-    removed = np.setdiff1d(np.arange(len(stage["candidates"])), kept)
-    overlaps = pairwise_iou(stage["candidates"][removed], stage["candidates"][kept])
-    if not settings.get("nms_class_agnostic"):
-        overlaps[stage["labels"][removed][:, None] != stage["labels"][kept]] = 0
-    overlaps[~(overlaps > settings["iou_threshold"])] = 0
-    if not overlaps.size:
-        return removed[:0], kept[:0], np.zeros(0)
-    by = np.argmax(overlaps > 0, axis=1)  # kept is sorted: the first that overlaps enough is the best
-    iou = overlaps[np.arange(len(removed)), by]
+    stage, settings = p.detect, p.settings.head
+    boxes, scores, kept = stage["candidates"], stage["scores"], stage["kept"]
+    removed = np.setdiff1d(np.arange(len(boxes)), kept)
+    if settings.soft_min_score is not None:
+        removed = removed[scores[removed] >= settings.soft_min_score]  # the others nobody had to remove
+    if len(removed) == 0:
+        return removed, removed, np.zeros(0)
+    groups = np.zeros_like(stage["labels"]) if of_all_classes(p) else stage["labels"]
+    moved = boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
+    overlaps = pairwise_iou(moved[removed], moved[kept])
+    if settings.soft_min_score is None:
+        gone = overlaps > settings.iou_threshold
+    else:
+        factors = np.where(overlaps >= settings.iou_threshold, 1 - overlaps, np.float32(1))
+        gone = np.cumprod(np.c_[scores[removed], factors], axis=1)[:, 1:] < settings.soft_min_score
+    by = kept[gone.argmax(axis=1)]
+    iou = pairwise_iou(boxes[removed], boxes[by]).diagonal()
     order = np.argsort(iou, kind="stable")
-    order = order[iou[order] > 0]
-    return removed[order], kept[by[order]], iou[order]
+    return removed[order], by[order], iou[order]
 
 
 def at_most(values, count):
@@ -492,35 +581,50 @@ def at_most(values, count):
 
 
 def draw_nms(p, shown=12):
-    """8: what NMS removed class by class, by what, at which IoU."""
-    stage, threshold = p.detect, p.config["rcnn"]["iou_threshold"]
+    """8: what the last NMS removed, by what, at which IoU."""
+    stage = p.detect
     removed, by, iou = removers(p)
     keepers = list(dict.fromkeys(by[at_most(by, 2)]))[: len(PALETTE)]
     which = [i for i in at_most(by, 2) if by[i] in keepers][:shown]
-    before, after = len(stage["candidates"]), len(stage["kept"])
-    settings = p.config["rcnn"]
-    how = "NMS of all classes" if settings.get("nms_class_agnostic") else "NMS class by class"
-    how = f"Soft-{how}" if "soft_min_score" in settings else how
-    caption = f"8  {how}: {before:,} boxes above the score threshold, {after:,} stay"
+    before, kept, after = len(stage["candidates"]), len(stage["kept"]), len(p.detections.boxes)
+    name = "NMS" if p.settings.head.soft_min_score is None else "Soft-NMS"
+    name += " of all classes together" if of_all_classes(p) else " class by class"
+    caption = f"8  {name}: {before:,} boxes above the score threshold, {kept:,} kept, {after:,} returned"
     figure = new_figure(caption, max(panel_height(p.image, 1.8), 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    show(left, p.image[..., ::-1], "solid: stays; dashed: removed", fade=0.4)
+    show(left, p.image[..., ::-1], "solid: kept; dashed: removed", fade=0.4)
     colours = dict(zip(keepers, PALETTE))
     draw_boxes(left, stage["candidates"][removed[which]], [colours[keeper] for keeper in by[which]], 1.3, "dashed")
     draw_boxes(left, stage["candidates"][list(colours)], list(colours.values()), 2.2)
     if which:
         draw_overlaps(right, p, removed[which], by[which], iou[which], colours)
-        right.axvline(threshold, color="black", ls="--", lw=1)
     else:
-        nothing(right, "NMS removed nothing")
+        nothing(right, "no box removed another")
         right.axis("off")
-    fate = "lowers the scores of those" if "soft_min_score" in settings else "removes those"
-    text = (
-        f"Several proposals end on the same object. {how} keeps the best box and {fate} whose IoU with it is above "
-        f"{threshold}; here {len(removed):,} of them are not among the detections. Shown are those with the least IoU, "
-        "at most two for each box that stays, in its colour."
+    functions = "postprocess.detect, postprocess.batched_nms, postprocess." + (
+        "nms" if p.settings.head.soft_min_score is None else "soft_nms"
     )
-    return Page("8_nms", caption, text, "postprocess.batched_nms, postprocess.nms", figure)
+    return Page("8_nms", caption, tell_nms(p), functions, figure)
+
+
+def tell_nms(p):
+    """Return the text of picture 8."""
+    settings, threshold = p.settings.head, f"{p.settings.head.iou_threshold:g}"
+    before, kept, after = len(p.detect["candidates"]), len(p.detect["kept"]), len(p.detections.boxes)
+    name, fate = "NMS", f"removes a box if its IoU with a better one that stays is above {threshold}"
+    if settings.soft_min_score is not None:
+        name = "Soft-NMS"
+        fate = (
+            f"multiplies the score of a box by 1 - IoU for each better one with which its IoU is {threshold} or more. "
+            f"A box is removed when its score is below {settings.soft_min_score:g}"
+        )
+    group = "all boxes" if of_all_classes(p) else "the boxes of each class"
+    return (
+        f"Several proposals end up on the same object. {name} goes through {group} from the best to the worst, and "
+        f"{fate}: of {before:,} boxes, {before - kept:,} are removed and {kept:,} stay. No more than "
+        f"{settings.max_per_img:,} are returned, the best of all classes: here {after:,}. Shown are the removed boxes "
+        "with the least IoU, at most two for each box that removed some, in its colour."
+    )
 
 
 def draw_overlaps(axis, p, removed, by, iou, colours):
@@ -528,17 +632,16 @@ def draw_overlaps(axis, p, removed, by, iou, colours):
     scores, labels = p.detect["scores"], p.detect["labels"]
     rows = np.arange(len(removed))[::-1]
     axis.barh(rows, iou, color=[colours[keeper] for keeper in by])
-    classes = p.classes
-    names = [f"{classes[labels[i]]} {scores[i]:.3f}, by {scores[k]:.3f}" for i, k in zip(removed, by)]
+    names = [f"{p.classes[labels[i]]} {scores[i]:.3f}, by {scores[k]:.3f}" for i, k in zip(removed, by)]
     axis.set_yticks(rows, names, fontsize=9)
     axis.set_xlim(0, 1)
     axis.set_xlabel("IoU with the box that removed it (dashed: threshold)")
+    axis.axvline(p.settings.head.iou_threshold, color="black", ls="--", lw=1)
 
 
 def draw_result(p):
     """9: the detections."""
-    confident = p.detections.scores >= SHOWN_SCORE
-    shown = demo.Detections(*(field[confident] for field in p.detections))
+    shown = p.detections.where(p.detections.scores >= SHOWN_SCORE)
     caption = (
         f"9  Result: {len(p.detections.boxes)} detections, {len(shown.boxes)} with a score of at least {SHOWN_SCORE}"
     )
@@ -546,9 +649,12 @@ def draw_result(p):
     image = cv2.resize(p.image, None, fx=scale, fy=scale) if scale > 1 else p.image
     large = shown._replace(boxes=shown.boxes * np.float32(scale))
     figure = new_figure(caption, panel_height(p.image, 1.1))
-    show(figure.subplots(), demo.draw(image, large, p.detector.classes)[..., ::-1])
-    text = "Boxes are divided by the factor of the resizing, so that they are pixels of the picture as it came in."
-    return Page("9_result", caption, text, "postprocess.detect, demo.draw", figure)
+    show(figure.subplots(), draw(image, large, p.detector.classes)[..., ::-1])
+    text = (
+        "The boxes are divided by the factors by which the picture was resized: now they are pixels of the picture as "
+        f"it came in. Drawn are the detections with a score of at least {SHOWN_SCORE}."
+    )
+    return Page("9_result", caption, text, "postprocess.detect, pictures.draw", figure)
 
 
 def empty_page(p, name, caption, functions):
@@ -595,39 +701,37 @@ def as_html(picture, pages, pngs):
 
 def explain(detector, path, out):
     """Write the nine pictures and index.html for the picture in a file; return the pages."""
-    pipeline = Pipeline(detector, demo.read_picture(path))
+    pipeline = Pipeline(detector, read_picture(path))
     with mpl.rc_context({"font.family": "DejaVu Sans", "hatch.linewidth": 0.8}):
-        pages = [draw(pipeline) for draw in DRAWERS]
+        pages = [draw_page(pipeline) for draw_page in DRAWERS]
         pngs = [as_png(page) for page in pages]
     out.mkdir(parents=True, exist_ok=True)
     for page, png in zip(pages, pngs):
-        demo.write_file(out / f"{page.name}.png", png)
-    demo.write_file(out / "index.html", as_html(demo.printable(Path(path).name), pages, pngs).encode())
+        write_file(out / f"{page.name}.png", png)
+    write_file(out / "index.html", as_html(printable(Path(path).name), pages, pngs).encode())
     return pages
 
 
 def main(arguments=None):
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="explain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("picture", metavar="PICTURE", help="a picture, best one with a few objects")
-    parser.add_argument("--model", metavar="DIR", type=Path, default=demo.default_model(),
-                        help="folder of model1.onnx and model2.onnx (default: as in demo.py)")  # fmt: skip
+    parser = argparse.ArgumentParser("explain.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", metavar="PICTURE", help="a picture, preferably with a few objects")
+    parser.add_argument("--model", metavar="DIR", type=Path, default=default_folder(),
+                        help="folder of model1.onnx and model2.onnx (default: as demo.py)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("output"), help="folder (default: output)")
     args = parser.parse_args(arguments)
     try:
         if mpl is None:
-            raise demo.ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
-        for page in explain(demo.FasterRCNN(args.model), args.picture, args.out):
+            raise ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
+        for page in explain(load(args.model), args.picture, args.out):
             print(page.caption)
         written = [args.out / "1_input.png", args.out / "9_result.png", args.out / "index.html"]
-        print("written: {} to {}, {}".format(*map(demo.printable, written)))
-    except (demo.ModelError, OSError) as error:
-        print(f"explain.py: {demo.first_line(error)}", file=sys.stderr)
+        print("written: {} to {}, {}".format(*map(printable, written)))
+    except (ModelError, OSError) as error:
+        print(f"explain.py: {one_line(error)}", file=sys.stderr)
         return 2
     except (ValueError, MemoryError, cv2.error) as error:
-        print(f"explain.py: {demo.printable(args.picture)}: {demo.first_line(error)}", file=sys.stderr)
+        print(f"explain.py: {printable(args.picture)}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("explain.py: interrupted", file=sys.stderr)
@@ -636,4 +740,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    demo.run_program(main)
+    run_program(main)

@@ -1,29 +1,44 @@
 """Faster R-CNN between and after its two networks, in NumPy alone.
 
-    score and delta maps -> propose -> assign_levels -> roi_align -> (second network) -> detect
+    score and delta maps -> propose -> assign_levels -> align_levels -> (second network) -> detect
 
-Boxes are float32 [n, 4]: x1, y1, x2, y2 in pixels of the resized picture, the right and bottom edge
-outside (width = x2 - x1). A level is one map of the feature pyramid, the finest first; its stride is the
-distance in pixels between two of its cells. Every function computes what MMDetection 2.28 computes, in the
-same float32 order where the order decides which box survives.
+Boxes are float32 [n, 4]: x1, y1, x2, y2 in pixels of the resized picture; width = x2 - x1. A level is one map of the
+feature pyramid, the finest first; its stride is the distance in pixels between two neighbouring cells. `settings` are
+the classes of detectors/settings.py, whose fields say what they mean. Every function computes what MMDetection 2.28
+computes, with the same float32 operations in the same order wherever that order decides which box survives.
 
 The papers: Faster R-CNN (arXiv 1506.01497), FPN (1612.03144), Mask R-CNN (1703.06870), R-CNN (1311.2524).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-MAX_LOG_SCALE = np.float32(abs(np.log(16 / 1000)))  # a box grows or shrinks at most by this, see decode_boxes
-NMS_BLOCK = 64  # boxes decided at a time: bounds the memory of the IoU matrix, not the result
+MAX_LOG_SCALE = np.float32(abs(np.log(16 / 1000)))  # a box grows or shrinks by no more than this, see decode_boxes
+NMS_BLOCK = 64  # boxes handled at a time: bounds the memory of the IoU matrix, does not change the result
+NMS_SPLIT = 10_000  # from this many boxes on, mmcv runs its NMS once for each group instead of once for all
+
+
+class Detections(NamedTuple):
+    """What was found in a picture, best first."""
+
+    boxes: np.ndarray  # [d, 4] float32: x1, y1, x2, y2 in pixels of the picture as it came in
+    scores: np.ndarray  # [d] float32, 0 to 1
+    labels: np.ndarray  # [d] int64, positions in the detector's list of classes
+
+    def where(self, chosen):
+        """Return the detections that a mask [d] or indices choose."""
+        return Detections(*(field[chosen] for field in self))
 
 
 def ignore(stage, **arrays):
-    """Record nothing: what `record` does unless somebody wants to see the arrays of a stage."""
+    """Do nothing: the default `record`, for when nobody wants to see a stage's arrays."""
 
 
 def base_anchors(base_size, scales, ratios, center_offset=0.0):
-    """Return the anchors [len(ratios) * len(scales), 4] of the cell in the corner of a level.
+    """Return the anchors [len(ratios) * len(scales), 4] of a level's first cell, the one in the upper left corner.
 
-    Each has the area (base_size * scale)^2 and the ratio height / width; ratios vary slowest.
+    Each has the area (base_size * scale)^2 and one of the ratios height / width; ratios vary slowest.
     Faster R-CNN, section 3.1.1.
     """
     scales, height_factor = np.float32(scales), np.sqrt(np.float32(ratios))
@@ -35,9 +50,9 @@ def base_anchors(base_size, scales, ratios, center_offset=0.0):
 
 
 def grid_anchors(base, feature_size, stride, indices=None):
-    """Return the anchors of a level: its base anchors [a, 4] moved to every cell of the (height, width) map.
+    """Return the anchors of a level: its base anchors [a, 4], moved to every cell of a map of (height, width) cells.
 
-    Their order is row, column, base anchor: [height * width * a, 4]. With `indices` [k], only those: [k, 4].
+    They are ordered by row, column, base anchor: [height * width * a, 4]. `indices` [k] picks some of them: [k, 4].
     Faster R-CNN, section 3.1.1.
     """
     height, width = feature_size
@@ -49,12 +64,12 @@ def grid_anchors(base, feature_size, stride, indices=None):
 
 
 def decode_boxes(boxes, deltas, means, stds, image_size=None):
-    """Move and scale boxes [n, 4] by the deltas [n, 4] that a network predicted for them: [n, 4].
+    """Return boxes [n, 4], moved and scaled by the deltas [n, 4] that a network predicted for them.
 
     With a box's centre (x_a, y_a) and size (w_a, h_a), and (t_x, t_y, t_w, t_h) = deltas * stds + means:
-        x = x_a + w_a t_x        w = w_a exp(t_w)        and so y and h.
-    t_w and t_h are kept within +-log(1000 / 16), so that exp cannot overflow. `image_size` (height, width)
-    clips the result to the picture. Faster R-CNN, section 3.1.2, equation 2; R-CNN, appendix C.
+        x = x_a + w_a t_x        w = w_a exp(t_w)        and likewise y and h.
+    t_w and t_h are clipped to +-log(1000 / 16), so that exp cannot overflow. `image_size` (height, width) clips the
+    result to the picture. Faster R-CNN, section 3.1.2, equation 2; R-CNN, appendix C.
     """
     deltas = deltas * np.float32(stds) + np.float32(means)
     centers = (boxes[:, :2] + boxes[:, 2:]) * np.float32(0.5)
@@ -69,7 +84,7 @@ def decode_boxes(boxes, deltas, means, stds, image_size=None):
 
 
 def pairwise_iou(boxes, others):
-    """Return the intersection over union [n, m] of boxes [n, 4] with others [m, 4]; NaN for two empty ones."""
+    """Return the intersection over union [n, m] of boxes [n, 4] and others [m, 4]; NaN where neither has an area."""
     x1, y1, x2, y2 = boxes.T[:, :, None]
     other_x1, other_y1, other_x2, other_y2 = others.T
     width = np.maximum(np.minimum(x2, other_x2) - np.maximum(x1, other_x1), 0)
@@ -83,9 +98,9 @@ def pairwise_iou(boxes, others):
 def nms(boxes, scores, iou_threshold):
     """Return the indices of the boxes [n, 4] that non-maximum suppression keeps, best score first.
 
-    A box goes when a better one that stays has an IoU with it above the threshold. Decided block by block:
-    within a block one by one, best first; then the block's survivors clear the rest at once. Of equal
-    scores the first counts as the better. Faster R-CNN, section 3.3; R-CNN, section 2.2.
+    A box is removed when its IoU with a better one that stays is above the threshold. This is decided block by block:
+    within a block one box at a time, best first; then its survivors remove what they overlap among all that wait. Of
+    two equal scores the first counts as better. Faster R-CNN, section 3.3; R-CNN, section 2.2.
     """
     waiting = np.argsort(-scores, kind="stable")
     kept = [waiting[:0]]
@@ -105,8 +120,7 @@ def nms(boxes, scores, iou_threshold):
 def soft_nms(boxes, scores, iou_threshold, min_score):
     """Return the indices of the boxes [n, 4] that Soft-NMS keeps, best first, and their new scores.
 
-    Where NMS removes a box, Soft-NMS multiplies its score by 1 - IoU; below min_score, where no score is to
-    begin with, it goes all the same.
+    Where NMS removes a box, Soft-NMS multiplies its score by 1 - IoU and removes it only below `min_score`.
     Soft-NMS (1704.04503), section 3, equation 1.
     """
     waiting, kept, kept_scores = np.arange(len(boxes)), [], []
@@ -123,16 +137,21 @@ def soft_nms(boxes, scores, iou_threshold, min_score):
 
 
 def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None):
-    """Return what NMS keeps of boxes [n, 4] when only those of one group [n] (a class, a level) can meet.
+    """Return what NMS keeps of boxes [n, 4] when a box can only remove others of its group [n]: a class, or a level.
 
-    Indices and scores, best first; with `soft_min_score`, of Soft-NMS. MMDetection moves every group to a place
-    of its own and runs NMS once. We run it group by group, but move the boxes all the same: that rounds their
-    coordinates, and with them the IoUs.
+    Returns indices and scores, best first; of Soft-NMS, if there is a `soft_min_score`. MMDetection moves every group
+    to a place of its own and runs NMS once. We run it group by group, but move the boxes too, because that rounds
+    their coordinates, and with them the IoUs.
     """
     if len(boxes) == 0:
         return np.zeros(0, np.int64), scores
+    if soft_min_score is not None and len(boxes) < NMS_SPLIT:
+        # A run of Soft-NMS keeps its best box even below the minimum, and this is a single run in mmcv.
+        alive = np.flatnonzero((scores >= soft_min_score) | (np.arange(len(scores)) == scores.argmax()))
+    else:
+        alive = np.arange(len(boxes))
     moved = boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
-    by_group = np.argsort(groups, kind="stable")
+    by_group = alive[np.argsort(groups[alive], kind="stable")]
     scores, kept = scores.copy(), []
     for members in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
         if soft_min_score is None:
@@ -148,9 +167,9 @@ def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None):
 
 
 def top_k(scores, k):
-    """Return the indices of the k best of the scores [n], best first; of equal ones the first counts as better."""
+    """Return the indices of the k best scores of [n], best first; of two equal scores the first counts as better."""
     kth_best = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
-    candidates = np.flatnonzero(scores >= kth_best)  # k, and more if the last one is tied
+    candidates = np.flatnonzero(scores >= kth_best)  # k, or more where several tie for the last place
     return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
 
 
@@ -166,53 +185,51 @@ def softmax(x):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def objectness(logits, num_anchors):
-    """Return the scores [h * w * a] of a level's anchors, in the order of grid_anchors.
+def objectness(logits, softmax_of_two=False):
+    """Return the scores [h * w * a] of a level's anchors, in the order of grid_anchors, from its logits [a, h, w].
 
-    logits: [a, h, w] for a sigmoid, or [2 a, h, w] for a softmax of object against background.
+    With `softmax_of_two` the logits are [2 a, h, w], a pair for each anchor: object and background.
     """
     logits = logits.transpose(1, 2, 0)
-    if logits.shape[2] == num_anchors:
-        return sigmoid(logits.ravel())
-    return softmax(logits.reshape(-1, 2))[:, 0]
+    if softmax_of_two:
+        return softmax(logits.reshape(-1, 2))[:, 0]
+    return sigmoid(logits.ravel())
 
 
-def propose(
-    cls, reg, base, strides, image_size, means, stds, nms_pre, iou_threshold, max_per_img, min_bbox_size, record=ignore
-):
-    """Turn the RPN's maps into proposals: boxes [r, 4] and their scores [r], best first, r <= max_per_img.
+def propose(cls, reg, image_size, settings, record=ignore):
+    """Turn the RPN's maps into proposals [r, 4], best first, r <= settings.max_per_img.
 
-    cls: a level's logits [a, h, w] each (or [2 a, h, w], see objectness); reg: its deltas [4 a, h, w]; base: its
-    base anchors [a, 4].
-    Of each level the `nms_pre` best anchors are decoded (-1: all); a box stays if both its sides are longer than
-    `min_bbox_size` pixels (-1: all stay); then NMS, level by level. Faster R-CNN, sections 3.1 and 3.3; FPN, 4.1.
+    cls: the logits of each level, [a, h, w] (or [2 a, h, w], see objectness); reg: its deltas [4 a, h, w].
+    The best anchors of each level are decoded and clipped to image_size (height, width), boxes that are too small are
+    dropped, and NMS decides level by level. Faster R-CNN, sections 3.1 and 3.3; FPN, section 4.1.
     """
+    anchors = settings.anchors
     boxes, scores, levels = [], [], []
     for level, (logits, deltas) in enumerate(zip(cls, reg)):
-        level_scores = objectness(logits, len(base[level]))
-        best = top_k(level_scores, nms_pre if nms_pre > 0 else len(level_scores))
-        anchors = grid_anchors(base[level], logits.shape[1:], strides[level], best)
+        level_scores = objectness(logits, settings.softmax)
+        best = top_k(level_scores, settings.nms_pre if settings.nms_pre > 0 else len(level_scores))
+        base = base_anchors(anchors.base_sizes[level], anchors.scales, anchors.ratios, anchors.center_offset)
+        level_anchors = grid_anchors(base, logits.shape[1:], anchors.strides[level], best)
         level_deltas = deltas.transpose(1, 2, 0).reshape(-1, 4)[best]
-        boxes.append(decode_boxes(anchors, level_deltas, means, stds, image_size))
+        boxes.append(decode_boxes(level_anchors, level_deltas, settings.means, settings.stds, image_size))
         scores.append(level_scores[best])
         levels.append(np.full(len(best), level))
     boxes, scores, levels = np.concatenate(boxes), np.concatenate(scores), np.concatenate(levels)
-    if min_bbox_size >= 0:
-        large = (boxes[:, 2:] - boxes[:, :2] > min_bbox_size).all(axis=1)
+    if settings.min_bbox_size >= 0:
+        large = (boxes[:, 2:] - boxes[:, :2] > settings.min_bbox_size).all(axis=1)
         boxes, scores, levels = boxes[large], scores[large], levels[large]
-    kept, kept_scores = batched_nms(boxes, scores, levels, iou_threshold)
-    kept, kept_scores = kept[:max_per_img], kept_scores[:max_per_img]
-    proposals = boxes[kept]
+    kept, _ = batched_nms(boxes, scores, levels, settings.iou_threshold)
+    proposals = boxes[kept[: settings.max_per_img]]
     record("propose", candidates=boxes, scores=scores, levels=levels, kept=kept, proposals=proposals)
-    return proposals, kept_scores
+    return proposals
 
 
 def assign_levels(rois, num_levels, finest_scale=56):
-    """Return the level [r] of the pyramid that each RoI [r, 4] takes its features from.
+    """Return the level [r] of the pyramid from which each RoI [r, 4] takes its features.
 
-        level = floor(log2(sqrt(w h) / finest_scale + 1e-6)), within 0 .. num_levels - 1
-    A RoI up to twice the finest scale reads the finest map; twice its size, one level up. FPN, section 4.2,
-    equation 1 (whose k_0 = 4 at 224 pixels is level 2 here); the 1e-6 is MMDetection's, for RoIs without area.
+        level = floor(log2(sqrt(w h) / finest_scale + 1e-6)), clipped to 0 .. num_levels - 1
+    RoIs below twice the finest scale read the finest map; from there on, twice the size is one level up. FPN, section
+    4.2, equation 1 (its k_0 = 4 at 224 pixels is our level 2); the 1e-6 is MMDetection's, for RoIs without area.
     """
     area = np.maximum(rois[:, 2] - rois[:, 0], 0) * np.maximum(rois[:, 3] - rois[:, 1], 0)
     level = np.floor(np.log2(np.sqrt(area) / np.float32(finest_scale) + np.float32(1e-6)))
@@ -220,38 +237,77 @@ def assign_levels(rois, num_levels, finest_scale=56):
 
 
 def to_cells(rois, stride, aligned):
-    """Return where RoIs [r, 4] begin (x, y) and their size (width, height) in cells of a level, [r, 2] each.
+    """Return where RoIs [r, 4] begin (x, y) and how large they are (width, height), in cells of a level: [r, 2] each.
 
-    `aligned` puts the value of a cell at its centre, half a cell from its corner.
+    `aligned` says that a cell's value stands at its centre, half a cell from its corner (the Align in RoIAlign).
     """
     cells = rois * np.float32(1 / stride) - np.float32(0.5 if aligned else 0)
     start, size = cells[:, :2], cells[:, 2:] - cells[:, :2]
     return start, size if aligned else np.maximum(size, 1)
 
 
-def sample_points(start, length, output_size, sampling_ratio):
-    """Return the points [r, output_size, p] of each bin of an interval, and how many of the p are its own [r, 1, 1].
+def roi_align_by_definition(features, rois, stride, settings):
+    """Return the features [r, C, s, s] of RoIs [r, 4] in one level's map [C, h, w], point by point.
 
-    An interval from `start` [r], `length` [r] cells long, is cut into bins of one size, and each bin has
-    `sampling_ratio` points (0: one a cell, rounded up), in the middles of as many equal parts.
+    A RoI is cut into s x s bins of equal size; a bin is the mean of some points in it. This is RoIAlign as one would
+    port it; the tests compare roi_align with it. Mask R-CNN, section 3, RoIAlign.
     """
-    bin_size = length / np.float32(output_size)
-    samples = np.full(len(start), sampling_ratio) if sampling_ratio > 0 else np.ceil(bin_size).astype(np.int64)
+    s, ratio = settings.output_size, settings.sampling_ratio
+    pooled = np.zeros((len(rois), len(features), s, s))
+    for r, ((x1, y1), (width, height)) in enumerate(zip(*to_cells(rois, stride, settings.aligned))):
+        rows, columns = (ratio, ratio) if ratio > 0 else (int(np.ceil(height / s)), int(np.ceil(width / s)))
+        for i, j, row, column in np.ndindex(s, s, rows, columns):
+            y = y1 + (i + (row + 0.5) / rows) * height / s
+            x = x1 + (j + (column + 0.5) / columns) * width / s
+            pooled[r, :, i, j] += interpolate(features, y, x) / (rows * columns)
+    return pooled
+
+
+def interpolate(features, y, x):
+    """Return the value [C] of a map [C, h, w] at a point between four cells: each counts by its nearness.
+
+    Up to one cell outside the map, a point counts as one on its edge; farther out it is zero.
+    """
+    _, height, width = features.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return np.zeros(len(features))
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    top, left = int(y), int(x)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    upper = (1 - (x - left)) * features[:, top, left] + (x - left) * features[:, top, right]
+    lower = (1 - (x - left)) * features[:, bottom, left] + (x - left) * features[:, bottom, right]
+    return (1 - (y - top)) * upper + (y - top) * lower
+
+
+# Every weight above is a factor of the row times a factor of the column, so a bin's sum over its points comes apart
+# into a sum over rows and a sum over columns. For a whole RoI these sums are two matrix products: what follows builds
+# the matrices for all RoIs at once, and multiplies.
+
+
+def sample_points(start, length, settings):
+    """Return the points [r, s, p] of each bin along one axis, and how many of the p are used, [r, 1, 1].
+
+    An interval from `start` [r], `length` [r] cells long, is cut into s bins of equal size. A bin is cut into
+    `sampling_ratio` equal parts (0: as many as it is cells long, rounded up), with a point in the middle of each.
+    """
+    s, ratio = settings.output_size, settings.sampling_ratio
+    bin_size = length / np.float32(s)
+    samples = np.full(len(start), ratio) if ratio > 0 else np.ceil(bin_size).astype(np.int64)
     start, bin_size, samples = start[:, None, None], bin_size[:, None, None], samples[:, None, None]
-    nth_bin = np.arange(output_size, dtype=np.float32)[:, None]
+    nth_bin = np.arange(s, dtype=np.float32)[:, None]
     nth_point = np.arange(samples.max(initial=0), dtype=np.float32)
     count = np.maximum(samples, 1).astype(np.float32)
     return start + nth_bin * bin_size + (nth_point + np.float32(0.5)) * bin_size / count, samples
 
 
-def interpolation_matrices(start, length, map_length, output_size, sampling_ratio):
-    """Return the matrices [r, output_size, k] that take bins from one axis of a map, and their cells' range.
+def interpolation_matrices(start, length, map_length, settings):
+    """Return for each RoI the matrix [s, k] that makes bins of one axis of a map, and the cells that it reads.
 
-    A bin is the mean of its points, see sample_points; a point lies between two cells and takes from each by its
-    nearness (linear interpolation); more than a cell outside the map it is zero. Matrix i acts on the cells
-    first[i] .. stop[i] - 1, its columns beyond them are zero. Mask R-CNN, section 3, RoIAlign.
+    A bin is the mean of its points, see sample_points; a point takes from the two cells beside it, as in interpolate.
+    Matrix i of the [r, s, k] acts on the cells first[i] .. stop[i] - 1; its columns beyond them are zero.
     """
-    points, samples = sample_points(start, length, output_size, sampling_ratio)
+    s = settings.output_size
+    points, samples = sample_points(start, length, settings)
     used = (np.arange(points.shape[2]) < samples) & (points >= -1) & (points <= map_length)
     count = np.maximum(samples, 1).astype(np.float32)
 
@@ -263,32 +319,31 @@ def interpolation_matrices(start, length, map_length, output_size, sampling_rati
     stop = np.maximum(np.max(high, axis=(1, 2), where=used, initial=0), first) + 1
     k = (stop - first).max(initial=0)
 
-    row = (np.arange(len(used) * output_size) * k).reshape(len(used), output_size, 1) - first[:, None, None]
-    entries = np.stack([row + low, row + high])[:, used]  # where in the matrices the two weights of a point go
+    row = (np.arange(len(used) * s) * k).reshape(len(used), s, 1) - first[:, None, None]
+    entries = np.stack([row + low, row + high])[:, used]  # the places of a point's two weights in the matrices
     weights = (np.stack([1 - fraction, fraction]) / count)[:, used]
-    matrices = np.bincount(entries.ravel(), weights.ravel(), minlength=len(used) * output_size * k)
-    return matrices.astype(np.float32).reshape(len(used), output_size, k), first, stop
+    matrices = np.bincount(entries.ravel(), weights.ravel(), minlength=len(used) * s * k)
+    return matrices.astype(np.float32).reshape(len(used), s, k), first, stop
 
 
-def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=True, out=None):
-    """Return the features [r, C, s, s] of RoIs [r, 4] in one level's map [C, h, w], s = output_size.
+def roi_align(features, rois, stride, settings, out=None):
+    """Return the features [r, C, s, s] of RoIs [r, 4] in one level's map [C, h, w]; see roi_align_by_definition.
 
-    A bin of RoIAlign is a sum over rows and columns whose weights are products, so for a whole RoI it is
-        W_y @ crop @ W_x^T,        W_y [s, rows], W_x [s, columns], crop [rows, columns] for each channel:
-    two matrix products over all channels at once when the map is laid out with the channels last. `out`, if given,
-    is r arrays [C, s, s] that are filled. Mask R-CNN, section 3, RoIAlign.
+        W_y @ crop @ W_x^T        W_y [s, rows], W_x [s, columns], crop [rows, columns] for each channel
+    The map is laid out with its channels last, so that the two products serve all channels at once. `out` may give
+    the r arrays [C, s, s] to fill. Mask R-CNN, section 3, RoIAlign.
     """
     channels, height, width = features.shape
-    start, size = to_cells(rois, stride, aligned)
-    weights_x, left, right = interpolation_matrices(start[:, 0], size[:, 0], width, output_size, sampling_ratio)
-    weights_y, top, bottom = interpolation_matrices(start[:, 1], size[:, 1], height, output_size, sampling_ratio)
+    start, size = to_cells(rois, stride, settings.aligned)
+    weights_x, left, right = interpolation_matrices(start[:, 0], size[:, 0], width, settings)
+    weights_y, top, bottom = interpolation_matrices(start[:, 1], size[:, 1], height, settings)
     features = np.ascontiguousarray(features.transpose(1, 2, 0))  # [h, w, C]
 
     if out is None:
-        out = np.empty((len(rois), channels, output_size, output_size), np.float32)
+        out = np.empty((len(rois), channels, settings.output_size, settings.output_size), np.float32)
     for i, bins in enumerate(out):
-        # Column by column, then row by row: products so small that BLAS starts no thread for them, which would go
-        # on spinning and slow down the network that comes next.
+        # Column by column, then row by row: products so small that BLAS starts no threads for them. Its threads would
+        # go on spinning for a while and slow down the network that runs next.
         crop = features[top[i] : bottom[i], left[i] : right[i]].transpose(1, 0, 2)  # [columns, rows, C]
         columns, rows, _ = crop.shape
         halfway = weights_y[i, :, :rows] @ crop  # [columns, s, C]
@@ -297,47 +352,33 @@ def roi_align(features, rois, stride, output_size=7, sampling_ratio=0, aligned=T
     return out
 
 
-def align_levels(features, rois, levels, strides, output_size, sampling_ratio, aligned):
-    """Return the features [r, C, s, s] of RoIs [r, 4], each from the map of its level [r]. FPN, section 4.2."""
-    aligned_features = np.empty((len(rois), features[0].shape[0], output_size, output_size), np.float32)
+def align_levels(features, rois, levels, settings):
+    """Return the features [r, C, s, s] of RoIs [r, 4], each taken from the map of its level [r]. FPN, section 4.2."""
+    s = settings.output_size
+    pooled = np.empty((len(rois), features[0].shape[0], s, s), np.float32)
     for level in np.unique(levels):
         here = np.flatnonzero(levels == level)
-        out = [aligned_features[i] for i in here]
-        roi_align(features[level], rois[here], strides[level], output_size, sampling_ratio, aligned, out)
-    return aligned_features
+        roi_align(features[level], rois[here], settings.strides[level], settings, out=[pooled[i] for i in here])
+    return pooled
 
 
-def detect(
-    cls,
-    reg,
-    rois,
-    image_size,
-    scale_factor,
-    means,
-    stds,
-    class_agnostic,
-    score_threshold,
-    iou_threshold,
-    max_per_img,
-    nms_class_agnostic=False,
-    soft_min_score=None,
-    record=ignore,
-):
-    """Turn the head's outputs into detections: boxes [d, 4], scores [d], labels [d], best first, d <= max_per_img.
+def detect(cls, reg, rois, picture, settings, record=ignore):
+    """Turn the head's outputs into Detections, best first, no more than settings.max_per_img.
 
-    cls [r, classes + 1]: logits, the background last; reg [r, 4 classes], or [r, 4] if class_agnostic: the deltas
-    of the RoIs [r, 4]. Every class of an RoI whose softmax score is above the threshold is decoded, clipped to
-    image_size (height, width) and divided by scale_factor [4], which makes it pixels of the picture as it came
-    in; then NMS, class by class unless nms_class_agnostic; with soft_min_score, Soft-NMS. Fast R-CNN (1504.08083),
-    sections 2.1 and 3.
+    cls [r, classes + 1]: the RoIs' logits, the background last; reg [r, 4 classes], or [r, 4] if class-agnostic: the
+    deltas of the RoIs [r, 4]. Every class of every RoI whose softmax score is above the threshold is decoded, clipped
+    to picture.image_size (height, width) and divided by picture.scale_factor [4], which makes it pixels of the picture
+    as it came in. NMS decides class by class. Fast R-CNN (1504.08083), sections 2.1 and 3.
     """
     class_scores = softmax(cls)[:, :-1]
-    roi, label = np.nonzero(class_scores > score_threshold)
+    roi, label = np.nonzero(class_scores > settings.score_threshold)
     scores = class_scores[roi, label]
-    deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if class_agnostic else label]
-    boxes = decode_boxes(rois[roi], deltas, means, stds, image_size) / np.float32(scale_factor)
-    groups = np.zeros_like(label) if nms_class_agnostic else label
-    kept, kept_scores = batched_nms(boxes, scores, groups, iou_threshold, soft_min_score)
-    kept, kept_scores = kept[:max_per_img], kept_scores[:max_per_img]
+    deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if settings.class_agnostic else label]
+    boxes = decode_boxes(rois[roi], deltas, settings.means, settings.stds, picture.image_size)
+    boxes = boxes / np.float32(picture.scale_factor)
+    one_group = settings.nms_class_agnostic and len(label) < NMS_SPLIT  # above, mmcv separates the classes all the same
+    groups = np.zeros_like(label) if one_group else label
+    kept, new_scores = batched_nms(boxes, scores, groups, settings.iou_threshold, settings.soft_min_score)
     record("detect", candidates=boxes, scores=scores, labels=label, rois=roi, kept=kept)
-    return boxes[kept], kept_scores, label[kept]
+    kept, new_scores = kept[: settings.max_per_img], new_scores[: settings.max_per_img]
+    return Detections(boxes[kept], new_scores, label[kept])

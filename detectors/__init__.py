@@ -1,0 +1,55 @@
+"""Exported detectors: load(folder) returns one; detector(image) returns what it finds."""
+
+from pathlib import Path
+
+from detectors.faster_rcnn import FasterRCNN
+from detectors.networks import ModelError, Network, one_line
+from detectors.preprocess import preprocess
+from detectors.settings import FORMAT, Header, SettingsError, read
+from postprocess import Detections
+
+__all__ = ["BUNDLED", "Detections", "ModelError", "default_folder", "load", "one_line", "preprocess"]
+
+FAMILIES = {"faster_rcnn": FasterRCNN}
+CKPT = Path(__file__).resolve().parents[1] / "ckpt"
+BUNDLED = CKPT / "shapes"
+
+
+def default_folder():
+    """Return the folder that export.py writes to, if an export is there, else the bundled one."""
+    return CKPT if (CKPT / "model1.onnx").exists() else BUNDLED
+
+
+def load(folder):
+    """Return the detector whose export is in a folder; ModelError if there is none, or if it cannot run."""
+    folder = Path(folder)
+    first = Network(folder / "model1.onnx")
+    family, settings = read_metadata(first)
+    tensors, sizes = family.tensors(settings), {}
+    if set(settings.networks) != set(tensors):
+        raise ModelError(f"{folder}: its networks are {settings.networks}, not {tuple(tensors)}: export again")
+    # Keeping its memory makes the first network a tenth faster on the next picture. The others give theirs back: a
+    # head that takes a thousand RoIs of many channels needs gigabytes.
+    others = {name: Network(folder / name, keep_memory=False) for name in tensors if name != first.path.name}
+    networks = {first.path.name: first, **others}
+    if any(network.metadata != first.metadata for network in networks.values()):
+        raise ModelError(f"{' and '.join(networks)} in {folder} come from different exports: export again")
+    for name, expected in tensors.items():
+        networks[name].expect(expected, sizes)
+    return family(settings, networks)
+
+
+def read_metadata(network):
+    """Return the family and the settings that export.py left in a network."""
+    path, text = network.path, network.metadata
+    if text is None:
+        raise ModelError(f"{path} was not written by export.py: it has no metadata 'detector'")
+    try:
+        header = read(text, Header)
+        if header.format != FORMAT or header.type not in FAMILIES:
+            raise ModelError(f"{path} is format {header.format}, type {header.type!r}; this version reads format "
+                             f"{FORMAT}, {', '.join(FAMILIES)}: export again")  # fmt: skip
+        family = FAMILIES[header.type]
+        return family, read(text, family.Settings)
+    except SettingsError as error:
+        raise ModelError(f"{path}: its metadata is damaged: {error}: export again") from error

@@ -1,0 +1,87 @@
+"""The ONNX files: opened and checked against the settings once, then run."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from postprocess import ignore
+
+
+class ModelError(Exception):
+    """There is nothing to run; the message says why and what to do."""
+
+
+def one_line(error):
+    """Return the message of an exception as one line."""
+    return " ".join(str(error).split())
+
+
+class Network:
+    """One ONNX file: network(array) returns its outputs.
+
+    With `keep_memory` what it allocates is kept for the next picture.
+    """
+
+    def __init__(self, path, keep_memory=True):
+        self.path, self.tensors = Path(path), {}
+        if not self.path.is_file():
+            raise ModelError(f"{path} does not exist: export a model with export.py, or name its folder with --model")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised; onnxruntime would print them as well
+        options.enable_cpu_mem_arena = keep_memory
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common base class
+            raise ModelError(f"{path} cannot be loaded by onnxruntime: {one_line(error)}") from error
+
+    @property
+    def metadata(self):
+        """The text that export.py left in the file; None if another program wrote it."""
+        return self.session.get_modelmeta().custom_metadata_map.get("detector")
+
+    def expect(self, tensors, sizes):
+        """Refuse a network whose input and outputs are not these, and check the shapes of every run from now on.
+
+        tensors: {name: shape}, the input first, then the outputs in their order. A side is a number, or a name that
+        stands for the same number wherever it occurs; the numbers found are added to `sizes`.
+        """
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        names = [tensor.name for tensor in [*inputs, *outputs]]
+        if len(inputs) != 1 or names != list(tensors):
+            raise ModelError(f"{self.path} takes and gives {', '.join(names)} instead of {', '.join(tensors)}: is it "
+                             "another network under this name? Export again")  # fmt: skip
+        for tensor, expected in zip([*inputs, *outputs], tensors.values()):
+            if tensor.type != "tensor(float)":
+                raise ModelError(f"{self.path} does not fit its settings: {tensor.name} is a {tensor.type}")
+            self.check(tensor.name, tensor.shape, expected, sizes)
+        self.tensors = tensors
+
+    def check(self, name, shape, expected, sizes):
+        """Refuse a shape that is not as expected; a dynamic side, which is not a number yet, fits anything."""
+        fits = len(shape) == len(expected)
+        for side, wanted in zip(shape, expected):
+            if isinstance(side, int):
+                fits &= side == (sizes.setdefault(wanted, side) if isinstance(wanted, str) else wanted)
+        if not fits:
+            known = [sizes.get(side, side) for side in expected]
+            shape, known = (", ".join("?" if side is None else str(side) for side in sides) for sides in (shape, known))
+            raise ModelError(f"{self.path} does not fit its settings: {name} is [{shape}] instead of [{known}]")
+
+    def __call__(self, array, record=ignore):
+        """Return the outputs for the input; `record` gets both, under their names, as the stage of the file's name.
+
+        ModelError if the network fails, or if an output has the wrong shape or is not finite.
+        """
+        name = self.session.get_inputs()[0].name
+        try:
+            outputs = self.session.run(None, {name: array})
+        except Exception as error:  # onnxruntime's errors have no common base class
+            raise ModelError(f"onnxruntime fails with {name} {list(array.shape)}: {one_line(error)}") from error
+        arrays, sizes = dict(zip(self.tensors, [array, *outputs])), {}
+        for tensor, expected in self.tensors.items():
+            self.check(tensor, arrays[tensor].shape, expected, sizes)
+            if arrays[tensor] is not array and not np.isfinite(arrays[tensor]).all():
+                raise ModelError(f"{tensor} of {self.path.name} holds NaN or infinity: its weights may be damaged")
+        record(self.path.stem, **arrays)
+        return outputs

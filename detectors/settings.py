@@ -1,0 +1,157 @@
+"""What the networks of a detector cannot know: a class for each stage, whose fields say what they mean.
+
+The same classes check the JSON in an export's files, are what the functions of postprocess.py take, and are what
+sources/ fill in. All numbers are pixels of the resized picture unless a comment says otherwise.
+"""
+
+from typing import Any, Dict, Literal, Optional, Tuple
+
+import msgspec
+from typing_extensions import Annotated
+
+FORMAT = 2  # of the metadata
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+Positive = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+Points = Annotated[int, msgspec.Meta(ge=0, le=1000)]
+# Control characters would break a line or a terminal; lone surrogates crash OpenCV.
+Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*\Z")]
+FourNumbers = Tuple[Number, Number, Number, Number]
+Counts = Annotated[Tuple[Count, ...], msgspec.Meta(min_length=1)]
+Positives = Annotated[Tuple[Positive, ...], msgspec.Meta(min_length=1)]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all settings are: typed, immutable, complete."""
+
+
+class Header(msgspec.Struct):
+    """What says how to read the rest of the metadata."""
+
+    format: int = 0
+    type: str = ""
+
+
+class Preprocess(Settings, kw_only=True):
+    """How a picture becomes the input of the first network."""
+
+    scale: Tuple[Count, Count]  # upper limits of its long and of its short side
+    keep_ratio: bool = True  # False: resized to exactly this width and height
+    mean: Tuple[Number, Number, Number]  # of each channel: subtracted, then divided by std
+    std: Tuple[Positive, Positive, Positive]
+    to_rgb: bool  # the network takes red first; OpenCV reads blue first
+    pad_divisor: Count  # height and width are padded with zeros to multiples of it
+
+
+class Anchors(Settings, kw_only=True):
+    """The boxes that stand at every cell; strides and base sizes are one per level, the finest first."""
+
+    strides: Counts  # distance between two neighbouring cells
+    base_sizes: Positives  # an anchor's area is (base size * scale)^2
+    scales: Positives
+    ratios: Positives  # height / width
+    center_offset: Number  # from a cell's upper left corner to the centre of its anchors, in base sizes
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        if len(self.base_sizes) != len(self.strides):
+            raise ValueError(f"{len(self.strides)} strides, but {len(self.base_sizes)} base sizes")
+
+
+class Proposals(Settings, kw_only=True):
+    """From the RPN's maps to proposals."""
+
+    anchors: Anchors
+    softmax: bool = False  # the RPN gives an anchor two logits, object and background, instead of one
+    means: FourNumbers  # an anchor moves by (deltas * stds + means)
+    stds: FourNumbers
+    nms_pre: int  # how many anchors of each level are decoded, best first; below 1: all
+    min_bbox_size: Number  # proposals with a side that is not longer are dropped; below 0: none are
+    iou_threshold: Number  # of NMS, level by level
+    max_per_img: Count  # at most this many proposals go on, the best
+
+
+class RoIs(Settings, kw_only=True):
+    """From proposals to features of one size."""
+
+    strides: Counts  # of the levels that RoIs read, the finest first
+    finest_scale: Positive  # RoIs below twice this size read the finest level
+    output_size: Count  # bins per side
+    sampling_ratio: Points  # of a bin along each axis; 0: its length in cells, rounded up
+    aligned: bool  # a cell's value stands at its centre (False: at its corner, as before Detectron2)
+
+
+class Head(Settings, kw_only=True):
+    """From the second network's outputs to detections."""
+
+    means: FourNumbers  # a proposal moves by (deltas * stds + means)
+    stds: FourNumbers
+    class_agnostic: bool  # one set of deltas for all classes, instead of one for each
+    score_threshold: Number  # a class is dropped unless its score is above it
+    iou_threshold: Number  # of NMS, class by class
+    nms_class_agnostic: bool = False  # NMS runs over the boxes of all classes together
+    soft_min_score: Optional[Number] = None  # Soft-NMS: below it a box is removed
+    max_per_img: Count  # at most this many detections are returned, the best
+
+
+class Export(Settings, kw_only=True):
+    """What the files of every export say, whatever the family."""
+
+    format: Literal[2] = FORMAT
+    type: str  # the family
+    pair: Text = ""  # an id that the files of one export share
+    networks: Tuple[Text, ...] = ()  # the names of these files
+    source: Dict[str, Any] = {}  # where the weights come from; for people
+    classes: Annotated[Tuple[Text, ...], msgspec.Meta(min_length=1)]
+    preprocess: Preprocess
+
+
+class FasterRCNNSettings(Export, kw_only=True):
+    """What Faster R-CNN's networks cannot know."""
+
+    type: Literal["faster_rcnn"] = "faster_rcnn"
+    proposals: Proposals
+    rois: RoIs
+    head: Head
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        if len(self.rois.strides) > len(self.proposals.anchors.strides):
+            raise ValueError(f"RoIs read {len(self.rois.strides)} levels of {len(self.proposals.anchors.strides)}")
+
+
+class SettingsError(ValueError):
+    """A value does not fit; the message names it and says why."""
+
+
+def read(text, kind):
+    """Return the settings of a class that a JSON text holds; SettingsError if it does not."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        place = place.strip("`.") or "detector"
+        raise SettingsError(f"{place}: {reason[0].lower()}{reason[1:]}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"not JSON ({error})") from error
+    except RecursionError as error:
+        raise SettingsError("nested too deeply") from error
+
+
+def write(settings):
+    """Return settings as a JSON text that `read` accepts; SettingsError if a value does not fit."""
+    try:
+        text = msgspec.json.encode(settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SettingsError(str(error)) from error
+    read(text, type(settings))
+    return text.decode()
+
+
+def changed(settings, name, value):
+    """Return the settings with another value for one of them, named with dots: "head.score_threshold"."""
+    first, _, rest = name.partition(".")
+    if rest:
+        value = changed(getattr(settings, first), rest, value)
+    return msgspec.structs.replace(settings, **{first: value})

@@ -1,0 +1,214 @@
+"""What the programs share: find, read and draw pictures, write files, and end with an exit status."""
+
+import glob
+import os
+import secrets
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of what is taken from a folder
+MARK = b"Software\0faster-rcnn-onnx"  # in every annotated picture, so that none is taken for an input later
+
+# ---------------------------------------------------------------------- find and read
+
+
+def printable(path):
+    """Return a path in a form that prints on one line."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def is_annotated(path):
+    """Return whether a file is a picture that annotated_png made."""
+    if not os.path.isfile(path):  # opening a pipe would wait forever
+        return False
+    try:
+        with open(path, "rb") as file:
+            return MARK in file.read(100)
+    except OSError:
+        return False
+
+
+def pictures_in(folder):
+    """Return the pictures in a folder, sorted; annotated ones and what is no regular file are left out."""
+    named = (path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(str(path) for path in named if (path.is_file() or not path.exists()) and not is_annotated(path))
+
+
+def find_pictures(paths):
+    """Return the files that the paths (pictures, folders, globs) name, in order, and a line for each that has none."""
+    files, problems = [], []
+    for path in paths:
+        for match in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]:
+            if os.path.isfile(match):
+                files.append(match)
+                continue
+            found = []
+            if not os.path.isdir(match):
+                problem = "not a regular file" if os.path.exists(match) else "no such file"
+            elif not os.access(match, os.R_OK | os.X_OK):
+                problem = "this folder may not be read"
+            else:
+                found, problem = pictures_in(match), "no pictures in this folder"
+            files += found
+            if not found:
+                problems.append(f"{printable(match)}: {problem}")
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], problems
+
+
+def read_picture(path):
+    """Return the picture in a file as [h, w, 3] uint8 BGR, turned as its EXIF says; ValueError if there is none."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe, say: reading it would wait forever
+        raise ValueError("not a regular file")
+    data = np.fromfile(path, np.uint8)
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    except cv2.error as error:
+        if "CV_IO_MAX" not in str(error):
+            raise
+        limit = os.environ.get("OPENCV_IO_MAX_IMAGE_PIXELS", "OpenCV's limit of")
+        reason = f"more than {limit} pixels: OPENCV_IO_MAX_IMAGE_PIXELS in the environment allows more"
+        raise ValueError(reason) from error
+    if image is None:
+        raise ValueError("not a picture that OpenCV can read")
+    return image
+
+
+# ---------------------------------------------------------------------- as COCO names and lists them
+
+
+def coco_images(files):
+    """Return an entry of COCO's list of images for each file: an id and a file name of its own.
+
+    The id is the number that the file is named after, as in COCO's own data, if that makes all ids different; else
+    they count from 1. The file name is the path from the folder that holds all files.
+    """
+    stems = [Path(file).stem for file in files]
+    ids = [int(stem) if stem.isdecimal() and len(stem) < 19 else None for stem in stems]  # 64 bits hold 18 digits
+    if None in ids or len(set(ids)) < len(ids):
+        ids = range(1, len(files) + 1)
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    return [{"id": i, "file_name": os.path.relpath(os.path.abspath(file), root)} for i, file in zip(ids, files)]
+
+
+def coco_results(found, image, classes, category_ids):
+    """Return the Detections in one of COCO's images as entries of its list of results.
+
+    Not rounded: thousandths of a pixel move an average precision by 1e-4.
+    """
+    return [
+        {
+            "image_id": image["id"],
+            "file_name": image["file_name"],
+            "category_id": category_ids[label],
+            "category": classes[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for (x1, y1, x2, y2), score, label in zip(*(field.tolist() for field in found))
+    ]
+
+
+# ---------------------------------------------------------------------- draw
+
+
+def colour_of(label):
+    """Return a bright BGR colour for a class; neighbours in the list of classes differ clearly in hue."""
+    hue = round(label * 0.618034 % 1 * 180) % 180
+    return tuple(int(c) for c in cv2.cvtColor(np.uint8([[[hue, 200, 235]]]), cv2.COLOR_HSV2BGR)[0, 0])
+
+
+def drawable_names(classes):
+    """Return the classes' names as OpenCV can draw them: its font is ASCII, other names become the class's number."""
+    return [name if name.isascii() else f"class {number}" for number, name in enumerate(classes, 1)]
+
+
+def draw(image, found, classes):
+    """Return a copy of the image [h, w, 3] with the box, class and score of each of the Detections, the best on top."""
+    image, names = image.copy(), drawable_names(classes)
+    height, width = image.shape[:2]
+    line = max(1, round(min(height, width) / 300))
+    for box, _, label in reversed(list(zip(*found))):
+        x1, y1, x2, y2 = np.clip(box, 0, [width - 1, height - 1] * 2).round().astype(int).tolist()
+        cv2.rectangle(image, (x1, y1), (x2, y2), colour_of(label), line)
+    for box, score, label in reversed(list(zip(*found))):
+        draw_label(image, box, f"{names[label]} {score:.2f}", colour_of(label))
+    return image
+
+
+def draw_label(image, box, text, colour):
+    """Write a text on a patch of colour at the box's upper left corner, moved and shrunk to stay in the image."""
+    height, width = image.shape[:2]
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, np.clip(min(height, width) / 1000, 0.4, 1.5)
+    text_width = cv2.getTextSize(text, font, size, 1)[0][0] + 4
+    size *= min(1, width / text_width)
+    thickness = max(1, round(size * 1.5))
+    (text_width, text_height), baseline = cv2.getTextSize(text, font, size, thickness)
+    patch_width, patch_height = text_width + 4, text_height + baseline + 2
+    x = int(np.clip(box[0], 0, max(width - patch_width, 0)))
+    y = int(np.clip(box[1] - patch_height, 0, max(height - patch_height, 0)))
+    cv2.rectangle(image, (x, y), (x + patch_width - 1, y + patch_height - 1), colour, cv2.FILLED)
+    bright = np.dot(colour, [0.114, 0.587, 0.299]) > 128
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    cv2.putText(image, text, (x + 2, y + text_height + 1), font, size, ink, thickness, cv2.LINE_AA)
+
+
+# ---------------------------------------------------------------------- write
+
+
+def annotated_png(image):
+    """Return an image as the bytes of a PNG that carries our mark."""
+    png = cv2.imencode(".png", image)[1].tobytes()
+    chunk = b"tEXt" + MARK
+    chunk = struct.pack(">I", len(MARK)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png[:33] + chunk + png[33:]  # behind the signature and the header
+
+
+def free_name(file, out, taken):
+    """Return a name for the annotated picture of a file in the folder `out`, and add it to those that are taken.
+
+    Nothing is overwritten there but annotated pictures of earlier runs.
+    """
+    stem, number = Path(file).stem, 1
+    name = f"{stem}.png"
+    while name in taken or (os.path.lexists(out / name) and not is_annotated(out / name)):
+        number += 1
+        name = f"{stem}_{number}.png"
+    taken.add(name)
+    return name
+
+
+def write_file(path, data):
+    """Write bytes to a file that has its name only once it is whole."""
+    partial = path.parent / f".{secrets.token_hex(8)}.partial"
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- end
+
+
+def run_program(main):
+    """Run a program's main and exit with its status, even if stdout is closed, full or short of letters."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; else the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a name that cannot be shown is shown escaped
+    status = main()
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again, and complain
+        if status == 0:
+            print(f"{Path(sys.argv[0]).name}: stdout: {error}", file=sys.stderr)
+            status = 1
+    sys.exit(status)

@@ -1,0 +1,37 @@
+"""Where weights come from: each framework has one file, which turns a detector trained with it into a Source."""
+
+from typing import Any, Callable, Dict, NamedTuple
+
+
+class SourceError(Exception):
+    """There is nothing to export; the message says why and what to do."""
+
+
+class Network(NamedTuple):
+    """One network of a detector, as PyTorch's exporter takes it."""
+
+    module: Any  # a torch.nn.Module in evaluation mode
+    example: Any  # an input that it takes, a torch.Tensor
+    inputs: Dict[str, Dict[int, str]]  # the input's name, and the names of its dynamic axes
+    outputs: Dict[str, Dict[int, str]]  # the same for each output, in order
+
+
+class Source(NamedTuple):
+    """What export.py needs to know of a detector."""
+
+    networks: Dict[str, Network]  # by the names of their files
+    settings: Any  # what the networks cannot know, a class of detectors/settings.py
+    detect: Callable  # (picture's path, score threshold or None for the detector's own) -> the framework's Detections
+
+
+def load(config=None, checkpoint=None, trust=False):
+    """Return the Source of a detector; SourceError if it cannot be exported.
+
+    config: a file, or a name that the framework knows; without config and checkpoint, Faster R-CNN R50-FPN 1x COCO.
+    trust: the checkpoint may hold more than tensors and plain values, and run code when it is loaded.
+    """
+    try:
+        from sources import mmdetection
+    except ImportError as error:
+        raise SourceError(f"{error}: MMDetection is needed: uv run --extra export export.py") from error
+    return mmdetection.load(config, checkpoint, trust)
