@@ -136,12 +136,12 @@ def soft_nms(boxes, scores, iou_threshold, min_score):
     return np.array(kept, np.int64), np.array(kept_scores, np.float32)
 
 
-def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None):
+def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None, class_agnostic=False):
     """Return what NMS keeps of boxes [n, 4] when a box can only remove others of its group [n]: a class, or a level.
 
     Returns indices and scores, best first; of Soft-NMS, if there is a `soft_min_score`. MMDetection moves every group
     to a place of its own and runs NMS once. We run it group by group, but move the boxes too, because that rounds
-    their coordinates, and with them the IoUs.
+    their coordinates, and with them the IoUs. `class_agnostic` lets the boxes of all groups meet, where they are.
     """
     if len(boxes) == 0:
         return np.zeros(0, np.int64), scores
@@ -150,7 +150,9 @@ def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None):
         alive = np.flatnonzero((scores >= soft_min_score) | (np.arange(len(scores)) == scores.argmax()))
     else:
         alive = np.arange(len(boxes))
-    moved = boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
+    moved = boxes if class_agnostic else boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
+    if class_agnostic and len(boxes) < NMS_SPLIT:  # from there on, mmcv separates the groups all the same
+        groups = np.zeros_like(groups)
     by_group = alive[np.argsort(groups[alive], kind="stable")]
     scores, kept = scores.copy(), []
     for members in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
@@ -376,9 +378,9 @@ def detect(cls, reg, rois, picture, settings, record=ignore):
     deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if settings.class_agnostic else label]
     boxes = decode_boxes(rois[roi], deltas, settings.means, settings.stds, picture.image_size)
     boxes = boxes / np.float32(picture.scale_factor)
-    one_group = settings.nms_class_agnostic and len(label) < NMS_SPLIT  # above, mmcv separates the classes all the same
-    groups = np.zeros_like(label) if one_group else label
-    kept, new_scores = batched_nms(boxes, scores, groups, settings.iou_threshold, settings.soft_min_score)
+    kept, new_scores = batched_nms(
+        boxes, scores, label, settings.iou_threshold, settings.soft_min_score, settings.nms_class_agnostic
+    )
     record("detect", candidates=boxes, scores=scores, labels=label, rois=roi, kept=kept)
     kept, new_scores = kept[: settings.max_per_img], new_scores[: settings.max_per_img]
     return Detections(boxes[kept], new_scores, label[kept])

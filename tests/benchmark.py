@@ -20,6 +20,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from detectors.preprocess import Picture  # noqa: E402
+from detectors.settings import Anchors, Head, Proposals, RoIs, changed  # noqa: E402
+
 ROUNDS = 7
 IMAGE_SIZE = (800, 1216)
 STRIDES = (4, 8, 16, 32, 64)
@@ -110,13 +114,14 @@ def roi_align_contestants(count):
 
     rng = np.random.default_rng(0)
     features, rois = pyramid(rng), proposals_like(rng, count)[0]
+    settings = RoIs(strides=STRIDES[:4], finest_scale=56, output_size=7, sampling_ratio=0, aligned=True)
     levels = postprocess.assign_levels(rois, 4)
     tensors = [torch.from_numpy(feature)[None] for feature in features]
     session = onnx_roi_align(features)
     here = [np.flatnonzero(levels == level) for level in range(4)]
 
     def ours():
-        return postprocess.align_levels(features, rois, levels, STRIDES[:4], 7, 0, True)
+        return postprocess.align_levels(features, rois, levels, settings)
 
     def compiled(operator):
         result = torch.empty(count, 256, 7, 7)
@@ -187,10 +192,12 @@ def rpn_contestants():
     })  # fmt: skip
     maps = [[torch.from_numpy(x)[None] for x in kind] for kind in (cls, reg)]
     meta = [{"img_shape": (*IMAGE_SIZE, 3)}]
-    base = [postprocess.base_anchors(stride, [8], [0.5, 1.0, 2.0]) for stride in STRIDES]
-    settings = ([0.0] * 4, [1.0] * 4, 1000, 0.7, 1000, 0)
+    anchors = Anchors(strides=STRIDES, base_sizes=STRIDES, scales=(8,), ratios=(0.5, 1.0, 2.0), center_offset=0)
+    settings = Proposals(
+        anchors=anchors, means=[0] * 4, stds=[1] * 4, nms_pre=1000, min_bbox_size=0, iou_threshold=0.7, max_per_img=1000
+    )
     return {
-        "ours": lambda: postprocess.propose(cls, reg, base, STRIDES, IMAGE_SIZE, *settings)[0],
+        "ours": lambda: postprocess.propose(cls, reg, IMAGE_SIZE, settings),
         "mmdet RPNHead.get_bboxes": lambda: head.get_bboxes(*maps, img_metas=meta)[0][:, :4].numpy(),
     }
 
@@ -213,9 +220,12 @@ def head_contestants():
     head = build_head({"type": "Shared2FCBBoxHead", "in_channels": 1, "fc_out_channels": 1, "bbox_coder": coder})
     cfg = mmcv.ConfigDict(score_thr=0.05, nms={"type": "nms", "iou_threshold": 0.5}, max_per_img=100)
     inputs = [torch.from_numpy(x) for x in (np.insert(rois, 0, 0, axis=1), cls, reg)]
-    settings = (IMAGE_SIZE, scale, [0.0] * 4, stds, False, 0.05, 0.5, 100)
+    picture = Picture(None, IMAGE_SIZE, scale)
+    settings = Head(
+        means=[0] * 4, stds=stds, class_agnostic=False, score_threshold=0.05, iou_threshold=0.5, max_per_img=100
+    )
     return {
-        "ours": lambda: postprocess.detect(cls, reg, rois, *settings)[0],
+        "ours": lambda: postprocess.detect(cls, reg, rois, picture, settings).boxes,
         "mmdet BBoxHead.get_bboxes": lambda: head.get_bboxes(*inputs, IMAGE_SIZE, scale, True, cfg)[0][:, :4].numpy(),
     }
 
@@ -240,17 +250,17 @@ def photograph():
 
 def ours_whole(folder):
     """Return our detector as a function of an image."""
-    from demo import FasterRCNN
+    from detectors import load
 
-    return FasterRCNN(folder / "pair")
+    return load(folder / "pair")
 
 
 def mmdetection_whole(folder):
-    """Return MMDetection's detector as a function of an image."""
-    import export
+    """Return MMDetection's detector as a function of an image that returns the scores."""
+    from sources.mmdetection import DEFAULT_CONFIG, find_config, inference_detector, load_detector
 
-    detector = export.load_detector(export.find_config(export.DEFAULT_CONFIG), folder / "seeded.pth")
-    return lambda image: export.reference_detections(detector, image)
+    detector = load_detector(find_config(DEFAULT_CONFIG), folder / "seeded.pth")
+    return lambda image: np.concatenate(inference_detector(detector, image))[:, 4]
 
 
 def torchvision_onnx_whole(folder):
@@ -281,12 +291,13 @@ def prepare_whole(folder):
     import torchvision
 
     import export
+    from sources import mmdetection
 
-    cfg = mmcv.Config.fromfile(str(export.find_config(export.DEFAULT_CONFIG)))
+    config = mmdetection.find_config(mmdetection.DEFAULT_CONFIG)
+    cfg = mmcv.Config.fromfile(str(config))
     checkpoint = seeded.write_checkpoint(cfg, folder / "seeded.pth", photograph())
     (folder / "pair").mkdir()
-    detector = export.load_detector(export.find_config(export.DEFAULT_CONFIG), checkpoint)
-    export.write_pair(detector, folder / "pair", {}, opset=13)
+    export.write_networks(mmdetection.load(config, checkpoint), folder / "pair", opset=13)
     torch.manual_seed(0)
     model = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
     with torch.no_grad():
@@ -355,7 +366,7 @@ def race_whole(folder, results):
     np.save(folder / "image.npy", image)
     detector = ours_whole(folder)
     ours, reference = detector(image), mmdetection_whole(folder)(image)
-    np.testing.assert_allclose(np.sort(ours.scores), np.sort(reference.scores), atol=1e-4)
+    np.testing.assert_allclose(np.sort(ours.scores), np.sort(reference), atol=1e-4)
 
     context, connections = multiprocessing.get_context("spawn"), {}  # a process each: no allocator, no threads shared
     for name in WHOLE:
@@ -397,7 +408,7 @@ def growth(detector, results):
         seconds = race({"ours": nms_contestants(count)["ours"]}, 3)
         tables["boxes in NMS"][count] = float(np.median(seconds["ours"]))
     for side in (320, 480, 640, 800, 1120, 1600):
-        detector.config["preprocess"]["scale"] = [side * 1.5, side]
+        detector.settings = changed(detector.settings, "preprocess.scale", (side * 3 // 2, side))
         image = cv2.resize(photograph(), (side * 3 // 2, side))
         seconds = race({"ours": lambda image=image: detector(image)}, 2)
         tables["picture's shorter side"][side] = float(np.median(seconds["ours"]))

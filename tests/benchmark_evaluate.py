@@ -48,19 +48,20 @@ def race_reading(title, images, folder):
     """Print what reading ahead takes of the time without it."""
     from benchmark import race, report
 
-    import demo
     import evaluate
+    from detectors import load
+    from pictures import read_picture
 
-    detector = demo.FasterRCNN(SHAPES)
-    settings = detector.config["preprocess"]
+    detector = load(SHAPES)
+    settings = detector.settings.preprocess
 
     def one_after_the_other():
         for image in images:
-            detector(demo.read_picture(folder / image["file_name"]))
+            detector(read_picture(folder / image["file_name"]))
 
     def reading_ahead():
         for _, future in evaluate.prepared_pictures(images, folder, settings):
-            detector.detect_in(*future.result())
+            detector.detect_in(future.result())
 
     report(title, race({"ours": reading_ahead, "one after the other": one_after_the_other}, ROUNDS), {})
 

@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +16,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "ckpt" / "shapes")]
 logging.disable(logging.INFO)  # mmcv lists every initialised weight
 
 SHAPES = ROOT / "ckpt" / "shapes"
+MMDETECTION = "needs MMDetection: uv run --extra export pytest"  # why a test is skipped
 TABLES = defaultdict(list)  # title -> rows of cells, printed when all tests are done
+
+
+def pytest_addoption(parser):
+    """Add --all to pytest's options."""
+    parser.addoption("--all", action="store_true", help="also try the configs that compute the same as another")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -30,26 +37,25 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"peak memory of the tests: {peak:.1f} GiB")
 
 
+def default_sigint():
+    """Let Ctrl-C interrupt this process: the preexec_fn of one that a test interrupts.
+
+    A shell lets its background jobs ignore SIGINT, and what they start inherits that.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def photographs():
     """Return four photographs of different shapes, BGR: upright, lying, square and small."""
-    import skimage.data
-
+    data = pytest.importorskip("skimage.data", reason="needs scikit-image: uv run --extra export pytest")
     pictures = {
-        "astronaut": skimage.data.astronaut(),
-        "coffee": skimage.data.coffee(),
-        "cat": skimage.data.chelsea(),
-        "motorcycle": np.rot90(skimage.data.stereo_motorcycle()[0]),
+        "astronaut": data.astronaut(),
+        "coffee": data.coffee(),
+        "cat": data.chelsea(),
+        "motorcycle": np.rot90(data.stereo_motorcycle()[0]),
     }
     return {name: np.ascontiguousarray(picture[..., ::-1]) for name, picture in pictures.items()}
-
-
-@pytest.fixture(scope="session")
-def shapes_detector():
-    """Return MMDetection's detector with the weights of the bundled model."""
-    import export
-
-    return export.load_detector(SHAPES / "config.py", SHAPES / "shapes.pth")
 
 
 @pytest.fixture(scope="session")
@@ -61,30 +67,59 @@ def drawn_pictures():
 
 
 @pytest.fixture(scope="session")
-def coco_checkpoint(tmp_path_factory, photographs):
+def mmdetection():
+    """Return sources.mmdetection; skip where its framework is not installed."""
+    pytest.importorskip("mmdet", reason=MMDETECTION)
+    import sources.mmdetection
+
+    return sources.mmdetection
+
+
+@pytest.fixture(scope="session")
+def shapes_detector(mmdetection):
+    """Return MMDetection's detector with the weights of the bundled model."""
+    return mmdetection.load_detector(SHAPES / "config.py", SHAPES / "shapes.pth")
+
+
+@pytest.fixture(scope="session")
+def shapes_source(mmdetection, shapes_detector):
+    """Return the Source of the bundled model."""
+    return mmdetection.as_source(shapes_detector, SHAPES / "config.py", SHAPES / "shapes.pth")
+
+
+@pytest.fixture(scope="session")
+def coco_config(mmdetection):
+    """Return the path of Faster R-CNN R50-FPN's config."""
+    return mmdetection.find_config(mmdetection.DEFAULT_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def coco_checkpoint(tmp_path_factory, coco_config, photographs):
     """Return the path of a checkpoint of Faster R-CNN R50-FPN with seeded weights."""
     import mmcv
     import seeded
 
-    import export
-
-    cfg = mmcv.Config.fromfile(str(export.find_config(export.DEFAULT_CONFIG)))
+    cfg = mmcv.Config.fromfile(str(coco_config))
     return seeded.write_checkpoint(cfg, tmp_path_factory.mktemp("coco") / "seeded.pth", photographs["astronaut"])
 
 
 @pytest.fixture(scope="session")
-def coco_detector(coco_checkpoint):
+def coco_detector(mmdetection, coco_config, coco_checkpoint):
     """Return MMDetection's R50-FPN detector with the seeded weights."""
-    import export
-
-    return export.load_detector(export.find_config(export.DEFAULT_CONFIG), coco_checkpoint)
+    return mmdetection.load_detector(coco_config, coco_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def coco_pair(tmp_path_factory, coco_detector):
+def coco_source(mmdetection, coco_detector, coco_config, coco_checkpoint):
+    """Return the Source of the seeded R50-FPN detector."""
+    return mmdetection.as_source(coco_detector, coco_config, coco_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def coco_pair(tmp_path_factory, coco_source):
     """Return the folder of the seeded R50-FPN detector's export."""
     import export
 
     folder = tmp_path_factory.mktemp("coco_pair")
-    export.write_pair(coco_detector, folder, {}, opset=13)
+    export.write_networks(coco_source, folder, opset=13)
     return folder

@@ -8,8 +8,10 @@ exceptions may come out. The options are libFuzzer's (the memory is its own: wha
 dependency of the project.
 """
 
+import argparse
 import contextlib
 import copy
+import io
 import json
 import sys
 import tempfile
@@ -20,32 +22,32 @@ import atheris
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-with atheris.instrument_imports(include=["demo", "postprocess"]):
+with atheris.instrument_imports(include=["demo", "detectors", "pictures", "postprocess"]):
     import demo
+    import detectors
+    from detectors.settings import write
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-DETECTOR = demo.FasterRCNN(ROOT / "ckpt" / "shapes")
-METADATA = DETECTOR.config
-IMAGE = cv2.imread(str(ROOT / "asset" / "shapes.png"))[:160, :160]
+DETECTOR = detectors.load(detectors.BUNDLED)
+METADATA = json.loads(write(DETECTOR.settings))
+IMAGE = cv2.imread(str(demo.PICTURE))[:160, :160]
 PICTURE = cv2.imencode(".png", IMAGE)[1].tobytes()
 SUFFIXES = (".png", ".jpg", ".bmp", ".webp", ".tiff", ".gif")
 SEEDS = [cv2.imencode(suffix, IMAGE[::4, ::4])[1].tobytes() for suffix in SUFFIXES]
 NUMBERS = (-1, 0, 1, 2, 0.5, -3.5, 1e5, 1e300, float("nan"))
 VALUES = (*NUMBERS, None, True, "", "circle", "a\nb", "\u5706", "\ud800", [], [1], [0, 0, 0, 0], {}, [[]])
-ERRORS = (demo.ModelError, ValueError, OSError, MemoryError, cv2.error)  # what demo.py reports in one line
+ERRORS = (detectors.ModelError, ValueError, OSError, MemoryError, cv2.error)  # what demo.py reports in one line
 
 
-class Session:
-    """Stands for a network with this metadata."""
+class File:
+    """Stands for a network's file with this metadata."""
+
+    path = "model1.onnx"
 
     def __init__(self, text):
-        self.custom_metadata_map = {"detector": text}
-
-    def get_modelmeta(self):
-        """Return what holds the metadata."""
-        return self
+        self.metadata = text
 
 
 def change(provider):
@@ -69,21 +71,33 @@ def change(provider):
 
 
 def run_demo(detector, data):
-    """Detect in a picture of these bytes, draw and write."""
-    with tempfile.TemporaryDirectory() as out:
+    """Detect in a picture of these bytes, draw and write; what is written must be JSON."""
+    silence = io.StringIO()
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         path = Path(out) / "picture"
         path.write_bytes(data)
-        demo.detect_and_draw(detector, path, Path(out), set(), 0, False, demo.Stopwatch())
+        args = argparse.Namespace(out=Path(out), score_thr=0, show=False)
+        failures = demo.run(detector, [str(path)], args)
+        for results in Path(out).glob("*.json"):
+            json.loads(results.read_text(), parse_constant=refuse)
+        written = {entry.name for entry in Path(out).iterdir()} - {"picture"}
+        assert written == (set() if failures else {"picture.png", "pictures.json", "detections.json"}), written
+
+
+def refuse(constant):
+    """Refuse NaN and infinity, which JSON does not have."""
+    raise AssertionError(f"{constant} in the results")
 
 
 def try_metadata(provider):
-    """Read changed metadata and detect with it."""
-    config = demo.read_metadata("model1.onnx", Session(change(provider)))
-    demo.check_shapes(DETECTOR.model1, DETECTOR.model2, config, "folder")
-    if max(config["preprocess"]["scale"]) > 600 or config["preprocess"]["pad_divisor"] > 600:
+    """Read changed metadata and, if the networks fit it, detect with it."""
+    family, settings = detectors.read_metadata(File(change(provider)))
+    networks, sizes = {name: copy.copy(network) for name, network in DETECTOR.networks.items()}, {}
+    for name, tensors in family.tensors(settings).items():
+        networks[name].expect(tensors, sizes)
+    if max(*settings.preprocess.scale, settings.preprocess.pad_divisor) > 600:
         return  # right, and slow
-    demo.load_pair = lambda folder: (DETECTOR.model1, DETECTOR.model2, config)
-    run_demo(demo.FasterRCNN("changed"), PICTURE)
+    run_demo(family(settings, networks), PICTURE)
 
 
 def try_picture(provider):

@@ -10,12 +10,16 @@ from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 
-import demo
-import export
+from detectors import preprocess
+from sources.mmdetection import DATASETS, Model2, describe_preprocessing
 
 
-def write_checkpoint(cfg, path, image):
-    """Write a checkpoint of a config's detector, seeded such that it discriminates in an image; return its path."""
+def write_checkpoint(cfg, path, image, normalised=True):
+    """Write a checkpoint of a config's detector, seeded such that it discriminates in an image; return its path.
+
+    Without `normalised` the layers keep the weights that MMDetection initialises them with, and what they compute
+    grows from block to block.
+    """
     for part in (cfg.model.backbone, cfg.model.roi_head.get("shared_head") or {}):
         if "init_cfg" in part:
             part.init_cfg = None
@@ -28,28 +32,28 @@ def write_checkpoint(cfg, path, image):
         for module in detector.modules():
             if isinstance(module, (BasicBlock, Bottleneck)):
                 last = module.norm2 if isinstance(module, BasicBlock) else module.norm3
-                last.weight.fill_(0.2)
-        blob, image_size, _ = demo.preprocess(image, **export.describe_preprocessing(cfg))
-        prepare(detector, torch.from_numpy(blob), image_size)
+                last.weight.fill_(0.2 if normalised else 0.5)
+        picture = preprocess(image, describe_preprocessing(cfg))
+        prepare(detector, torch.from_numpy(picture.blob), picture.image_size, normalised)
     num_classes = detector.roi_head.bbox_head.num_classes
-    classes = getattr(export.DATASETS.get(cfg.data.test.type), "CLASSES", None) or ()
+    classes = getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or ()
     if len(classes) != num_classes:
         classes = [f"class {i}" for i in range(num_classes)]
     torch.save({"state_dict": detector.state_dict(), "meta": {"CLASSES": classes}}, path)
     return path
 
 
-def prepare(detector, blob, image_size):
-    """Normalise each layer of a detector and scale its heads, by what a picture [1, 3, H, W] gives."""
+def prepare(detector, blob, image_size, normalised=True):
+    """Scale the heads of a detector by what a picture [1, 3, H, W] gives; normalise each layer first, if wanted."""
     parts = list(detector.modules())
     norms = [part for part in parts if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d)]
-    normalising = [norm.register_forward_pre_hook(normalise) for norm in norms]
-    scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions]
+    normalising = [norm.register_forward_pre_hook(normalise) for norm in norms if normalised]
+    scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions if normalised]
     features = detector.extract_feat(blob)
     for hook in scaling:
         hook.remove()
-    rpn, roi_head, head = detector.rpn_head, detector.roi_head, export.Model2(detector)
+    rpn, roi_head, head = detector.rpn_head, detector.roi_head, Model2(detector)
 
     def pool():
         metas = [{"img_shape": (*image_size, 3)}]

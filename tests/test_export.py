@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -10,11 +11,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
-from conftest import ROOT, SHAPES
+from conftest import MMDETECTION, ROOT, SHAPES
 
-import demo
-import export
+from detectors import Detections, load
+from detectors.settings import changed
+
+torch = pytest.importorskip("torch", reason=MMDETECTION)
+mmdetection = pytest.importorskip("sources.mmdetection", reason=MMDETECTION, exc_type=ImportError)
+
+import export  # noqa: E402
+import sources  # noqa: E402
+from sources import checkpoints  # noqa: E402
+from sources.layers import GroupNorm, replace_layers  # noqa: E402
 
 PAIR = ("model1.onnx", "model2.onnx")
 
@@ -51,8 +59,9 @@ def test_bundled_files_are_what_export_makes(tmp_path):
     lines = result.stdout.splitlines()
     names = [f"{kind}_{level}" for kind in ("cls", "reg", "feat") for level in range(5)] + ["cls", "reg"]
     assert [line.split()[0] for line in lines[:17]] == names
-    assert all(line.endswith("True") for line in lines[:18])
+    assert all(line.endswith("True") for line in lines[:19])
     assert lines[17].startswith("detections: ")
+    assert lines[18].startswith("with any score: 100, the framework's own: 100, paired: 100")
     for name in PAIR:
         assert (tmp_path / name).read_bytes() == (SHAPES / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)
@@ -83,23 +92,28 @@ def test_metadata_is_the_config():
     """The same values as config.py has, read from it as Python and not by export.py."""
     config = {}
     exec((SHAPES / "config.py").read_text(), config)
-    model, metadata = config["model"], demo.FasterRCNN(SHAPES).config
+    model, metadata = config["model"], json.loads(load(SHAPES).model1.metadata)
     anchors, rpn, head = model["rpn_head"]["anchor_generator"], model["test_cfg"]["rpn"], model["roi_head"]["bbox_head"]
     extractor, rcnn = model["roi_head"]["bbox_roi_extractor"], model["test_cfg"]["rcnn"]
     assert metadata["classes"] == list(config["classes"])
+    assert metadata["format"] == 2
+    assert metadata["type"] == "faster_rcnn"
+    assert metadata["networks"] == list(PAIR)
     assert metadata["preprocess"] == {
         "scale": list(config["img_scale"]),
+        "keep_ratio": True,
         **config["img_norm_cfg"],
         "pad_divisor": 32,
     }
-    assert metadata["anchors"] == {
-        "strides": anchors["strides"],
-        "base_sizes": anchors["strides"],
-        "scales": anchors["scales"],
-        "ratios": anchors["ratios"],
-        "center_offset": 0.0,
-    }
-    assert metadata["rpn"] == {
+    assert metadata["proposals"] == {
+        "anchors": {
+            "strides": anchors["strides"],
+            "base_sizes": anchors["strides"],
+            "scales": anchors["scales"],
+            "ratios": anchors["ratios"],
+            "center_offset": 0.0,
+        },
+        "softmax": False,
         "means": model["rpn_head"]["bbox_coder"]["target_means"],
         "stds": model["rpn_head"]["bbox_coder"]["target_stds"],
         "nms_pre": rpn["nms_pre"],
@@ -107,19 +121,21 @@ def test_metadata_is_the_config():
         "max_per_img": rpn["max_per_img"],
         "min_bbox_size": rpn["min_bbox_size"],
     }
-    assert metadata["roi"] == {
+    assert metadata["rois"] == {
         "strides": extractor["featmap_strides"],
         "output_size": extractor["roi_layer"]["output_size"],
         "sampling_ratio": extractor["roi_layer"]["sampling_ratio"],
         "aligned": True,
         "finest_scale": extractor["finest_scale"],
     }
-    assert metadata["rcnn"] == {
+    assert metadata["head"] == {
         "means": head["bbox_coder"]["target_means"],
         "stds": head["bbox_coder"]["target_stds"],
         "class_agnostic": False,
         "score_threshold": rcnn["score_thr"],
         "iou_threshold": rcnn["nms"]["iou_threshold"],
+        "nms_class_agnostic": False,
+        "soft_min_score": None,
         "max_per_img": rcnn["max_per_img"],
     }
 
@@ -130,19 +146,67 @@ def test_metadata_of_both_files_is_the_same():
     assert json.loads(texts[0])["source"]["config"] == "config.py"
 
 
-def test_an_opset_that_there_is_not(tmp_path, shapes, capfd):
+def test_an_opset_that_does_not_exist(tmp_path, shapes, capfd):
     assert_refused(capfd, tmp_path, [*shapes, "--opset", "99"], "opset 99")
 
 
-def test_a_picture_that_is_none(tmp_path, shapes, capfd):
+def test_a_picture_that_cannot_be_read(tmp_path, shapes, capfd):
     assert_refused(capfd, tmp_path, [*shapes, "--picture", __file__], __file__, "not a picture")
 
 
-def test_nothing_to_compare_is_said(shapes_detector, capfd):
-    pair = demo.FasterRCNN(SHAPES)
-    image = np.full((100, 200, 3), 90, np.uint8)
-    assert export.verify_detections(pair(image), export.reference_detections(shapes_detector, image))
-    assert "--picture" in capfd.readouterr().out
+def test_a_hundred_detections_are_compared_where_nothing_is_found(tmp_path, shapes_source, capfd):
+    cv2.imwrite(str(tmp_path / "blank.png"), np.full((100, 200, 3), 90, np.uint8))
+    assert export.verify(shapes_source, load(SHAPES), tmp_path / "blank.png") == []
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-2].startswith("detections: 0, the framework's own: 0, paired: 0")
+    assert lines[-1].startswith("with any score: 100, the framework's own: 100, paired: 100")
+
+
+def test_a_picture_in_which_nothing_reaches_the_head_is_no_proof(shapes_source):
+    detector = load(SHAPES)
+    detector.settings = changed(detector.settings, "proposals.min_bbox_size", 10_000)
+    with pytest.raises(sources.SourceError, match=r"nothing reaches model2\.onnx.*--picture"):
+        export.verify(shapes_source, detector, ROOT / "asset" / "shapes.png")
+
+
+def detections(*rows):
+    """Return Detections, a row for each: x1, y1, x2, y2, score, label."""
+    rows = np.float64(rows).reshape(-1, 6)
+    return Detections(np.float32(rows[:, :4]), np.float32(rows[:, 4]), rows[:, 5].astype(int))
+
+
+def test_detections_are_paired_one_to_one(capfd):
+    """Two equal boxes are two detections; one of them twice is not the same."""
+    twice = detections((1, 1, 5, 1, 0.9, 0), (1, 1, 5, 1, 0.8, 0))
+    assert export.compare_detections(twice, twice)[0] == 2
+    assert export.verify_detections("detections", twice, twice)
+    assert "2, the framework's own: 2, paired: 2" in capfd.readouterr().out
+    other = detections((1, 1, 5, 1, 0.9, 0), (200, 1, 230, 30, 0.8, 0))
+    assert not export.verify_detections("detections", twice, other)
+    assert not export.verify_detections("detections", other, twice)
+    assert not export.verify_detections("detections", twice, twice.where([0]))
+    assert not export.verify_detections("detections", twice, twice._replace(labels=np.array([0, 1])))
+    assert not export.verify_detections("detections", twice, twice._replace(scores=np.float32([0.9, 0.7])))
+    assert export.verify_detections("detections", twice.where([]), twice.where([]))
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "difference", "equal"), [(1, 9e-5, True), (1, 2e-4, False), (265, 4e-4, True), (265, 7e-4, False)]
+)
+def test_outputs_of_large_magnitude_may_differ_by_more(magnitude, difference, equal, capfd):
+    """In units of float32: at 265, 4e-4 is less than 2e-6 of it, and 7e-4 more."""
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x):
+            return (x * magnitude,)
+
+    network = sources.Network(Scaled(), None, {"x": {0: "N"}}, {"y": {0: "N"}})
+    source = type("Source", (), {"networks": {"model.onnx": network}, "settings": load(SHAPES).settings})
+    detector = type("Detector", (), {"networks": {"model.onnx": lambda x: [x * magnitude + np.float32(difference)]}})
+    different = export.verify_outputs(source, detector, {"model": {"x": np.ones((3, 2), np.float32)}})
+    assert different == ([] if equal else ["y"])
+    line = capfd.readouterr().out
+    assert f"of {magnitude:.1e}  {equal}" in line
 
 
 @pytest.mark.slow
@@ -160,9 +224,11 @@ def test_group_norm_loses_no_digit(tmp_path):
     norm = torch.nn.GroupNorm(32, 256)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
+    replace_layers(norm, {torch.nn.GroupNorm: GroupNorm})
     x = torch.randn(1, 256, 200, 336) * 3 + 5
     axes = {0: "N", 2: "H", 3: "W"}
-    export.to_onnx(norm, x[..., :8, :8], tmp_path / "norm.onnx", {"x": axes}, {"y": axes}, opset=13)
+    network = sources.Network(norm, x[..., :8, :8], {"x": axes}, {"y": axes})
+    export.to_onnx(network, tmp_path / "norm.onnx", opset=13)
     session = onnxruntime.InferenceSession(str(tmp_path / "norm.onnx"), providers=["CPUExecutionProvider"])
     expected = norm.double()(x.double()).detach().numpy()
     np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, atol=5e-6, rtol=0)
@@ -173,7 +239,10 @@ def test_windows_are_laid_as_mmdetection_lays_them():
 
     module = ShiftWindowMSA(8, 2, window_size=4)
     windows = torch.randn(3 * 2 * 5, 4, 4, 8)
-    assert torch.equal(export.window_reverse(module, windows, 8, 20), module.window_reverse(windows, 8, 20))
+    expected = module.window_reverse(windows, 8, 20)
+    replace_layers(module, {ShiftWindowMSA: mmdetection.WindowAttention})
+    assert type(module) is mmdetection.WindowAttention
+    assert torch.equal(module.window_reverse(windows, 8, 20), expected)
 
 
 def break_weight(model1, name):
@@ -187,13 +256,13 @@ def break_weight(model1, name):
 
 
 def test_a_wrong_weight_is_found_and_nothing_is_replaced(tmp_path, shapes, monkeypatch, capfd):
-    write_pair = export.write_pair
+    write_networks = export.write_networks
 
-    def write_wrong_pair(detector, folder, *arguments):
-        write_pair(detector, folder, *arguments)
+    def write_wrong_networks(source, folder, *arguments):
+        write_networks(source, folder, *arguments)
         break_weight(folder / "model1.onnx", "rpn_reg.bias")
 
-    monkeypatch.setattr(export, "write_pair", write_wrong_pair)
+    monkeypatch.setattr(export, "write_networks", write_wrong_networks)
     assert export.main(shapes) == 1
     out, err = capfd.readouterr()
     lines = {line.split()[0]: line.split()[-1] for line in out.splitlines()[:17]}
@@ -203,13 +272,13 @@ def test_a_wrong_weight_is_found_and_nothing_is_replaced(tmp_path, shapes, monke
     assert not list(tmp_path.glob(".export*"))
 
 
-def test_wrong_detections_are_found(shapes_detector, drawn_pictures, capfd):
+def test_wrong_detections_are_found(tmp_path, shapes_source, drawn_pictures, capfd):
     """The whole comparison fails where NMS of the export is another one, though all outputs are equal."""
-    pair = demo.FasterRCNN(SHAPES)
-    image = drawn_pictures[3][0]
-    assert export.verify(shapes_detector, pair, image) == []
-    pair.config["rcnn"]["iou_threshold"] = 0.05
-    assert export.verify(shapes_detector, pair, image) == ["detections"]
+    detector = load(SHAPES)
+    cv2.imwrite(str(tmp_path / "picture.png"), drawn_pictures[3][0])
+    assert export.verify(shapes_source, detector, tmp_path / "picture.png") == []
+    detector.settings = changed(detector.settings, "head.iou_threshold", 0.05)
+    assert export.verify(shapes_source, detector, tmp_path / "picture.png") == ["detections"]
     assert capfd.readouterr().out.splitlines()[-1].endswith("False")
 
 
@@ -240,7 +309,17 @@ def test_a_trusted_checkpoint_may_hold_more_than_tensors(tmp_path, shapes):
     shapes[1] = str(tmp_path / "more.pth")
     assert export.main(shapes) == 2
     assert export.main([*shapes, "--trust-checkpoint"]) == 0
-    assert demo.FasterRCNN(tmp_path).config["source"]["checkpoint"] == "more.pth"
+    assert load(tmp_path).settings.source["checkpoint"] == "more.pth"
+
+
+def test_a_pytorch_that_cannot_load_safely_is_named(tmp_path, shapes, capfd, monkeypatch):
+    """Before 1.13, torch.load has no weights_only."""
+    load_anything = torch.load
+    monkeypatch.setattr(
+        checkpoints.torch, "load", lambda f, map_location=None, **pickle: load_anything(f, map_location, **pickle)
+    )
+    assert_refused(capfd, tmp_path, shapes, torch.__version__, "1.13", "--trust-checkpoint")
+    assert mmdetection.load_checkpoint(shapes[1], trust=True)["state_dict"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", "truncated"])
@@ -314,7 +393,7 @@ def change_config(old, new):
     ("spoil", "words"),
     [
         (lambda folder: (folder / "weights.pth").unlink(), ["weights.pth: no such file"]),
-        (lambda folder: (folder / "weights.pth").write_text("no weights"), ["weights.pth is no checkpoint"]),
+        (lambda folder: (folder / "weights.pth").write_text("no weights"), ["weights.pth is not a checkpoint"]),
         (lambda folder: (folder / "weights.pth").write_bytes(bytes(100_000)), ["weights.pth is"]),
         (change_checkpoint(lambda content, folder: content.update(x=Payload(str(folder / "ran")))), ["could run code"]),
         (
@@ -352,7 +431,7 @@ def test_bad_checkpoints_and_configs_as_processes(tmp_path, shapes, spoil, words
 
 def test_configs_that_mmdetection_ships_are_found_by_name():
     for name in ("faster_rcnn_r50_fpn_1x_coco", "faster_rcnn_r50_fpn_1x_coco.py"):
-        assert export.find_config(name).name == "faster_rcnn_r50_fpn_1x_coco.py"
+        assert mmdetection.find_config(name).name == "faster_rcnn_r50_fpn_1x_coco.py"
 
 
 @pytest.mark.parametrize(
@@ -387,15 +466,19 @@ def test_configs_that_cannot_be_exported(tmp_path, shapes, capfd, config, word):
         ('type="RoIAlign", output_size=7, sampling_ratio=0', 'type="RoIPool", output_size=7', "RoIPool"),
         ('type="SingleRoIExtractor"', 'type="GenericRoIExtractor"', "GenericRoIExtractor"),
         ('type="nms", iou_threshold=0.5', 'type="soft_nms", method="gaussian", iou_threshold=0.5', "gaussian"),
-        ('type="nms", iou_threshold=0.5', 'type="soft_nms", min_score=0.2, iou_threshold=0.5', "min_score"),
+        ('type="nms", iou_threshold=0.5', 'type="soft_nms", split_thr=5000, iou_threshold=0.5', "split_thr"),
         ("iou_threshold=0.7), min_bbox_size", "iou_threshold=0.7, max_num=50), min_bbox_size", "max_num"),
         ("nms_pre=1000, max_per_img=1000,", "nms_pre=1000, max_per_img=0,", "max_per_img"),
-        ('dict(type="Resize", keep_ratio=True)', 'dict(type="Resize", backend="pillow")', "Resize(backend)"),
+        ('dict(type="Resize", keep_ratio=True)', 'dict(type="Resize", backend="pillow")', "Resize(backend='pillow')"),
         ("flip=False", "flip=True", "flip"),
         ("img_scale=img_scale,\n        flip", "img_scale=[img_scale, (333, 200)],\n        flip", "img_scale"),
         ("size_divisor=32", "size_divisor=32, pad_val=114", "pad_val"),
         ('dict(type="Pad"', 'dict(type="CLAHE"', "CLAHE"),
         ('type="FasterRCNN"', 'type="MaskRCNN"', "model.type"),
+        ('type="FasterRCNN"', 'typ="FasterRCNN"', "model.type is None"),
+        ("dataset_type =", "model = None\ndataset_type =", "model.type is None"),
+        ("dataset_type =", "model = 7\ndataset_type =", "model.type is 7"),
+        ("finest_scale=28", "finest_scale=-28", "rois.finest_scale: expected `float` >= 1e-06"),
         ("depth=18", "depth=19", "cannot build"),
         ("norm_cfg = dict(", "norm_cfg = dict((", "cannot be read"),
     ],
@@ -428,9 +511,105 @@ def test_a_checkpoint_whose_meta_is_none(tmp_path, shapes, capfd, meta):
     checkpoint = torch.load(SHAPES / "shapes.pth", weights_only=True)
     torch.save({**checkpoint, "meta": meta}, tmp_path / "weights.pth")
     if meta == "text":
-        assert len(export.load_detector(SHAPES / "config.py", tmp_path / "weights.pth").CLASSES) == 6
+        assert len(mmdetection.load_detector(SHAPES / "config.py", tmp_path / "weights.pth").CLASSES) == 6
     else:
-        assert_refused(capfd, tmp_path, [shapes[0], str(tmp_path / "weights.pth"), *shapes[2:]], "")
+        word = "'int' object is not iterable" if meta["CLASSES"] == 7 else "classes[0]: expected `str`, got `int`"
+        assert_refused(capfd, tmp_path, [shapes[0], str(tmp_path / "weights.pth"), *shapes[2:]], word)
+
+
+def test_a_checkpoint_cannot_name_a_file(tmp_path, shapes, capfd):
+    """Its only class may have the name of a file, which is not read into the model."""
+    (tmp_path / "names.txt").write_text("\n".join("abcdef"))
+    checkpoint = torch.load(SHAPES / "shapes.pth", weights_only=True)
+    torch.save({**checkpoint, "meta": {"CLASSES": str(tmp_path / "names.txt")}}, tmp_path / "weights.pth")
+    assert_refused(capfd, tmp_path, [shapes[0], str(tmp_path / "weights.pth"), *shapes[2:]], "6 classes, but 1 names")
+
+
+def test_a_config_may_name_a_file_of_classes(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join("abcdef"))
+    text = (
+        (SHAPES / "config.py")
+        .read_text()
+        .replace(
+            'classes = ("circle", "triangle", "square", "star", "cross", "crescent")',
+            f'classes = "{tmp_path}/names.txt"',
+        )
+    )
+    (tmp_path / "config.py").write_text(text)
+    checkpoint = torch.load(SHAPES / "shapes.pth", weights_only=True)
+    torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "weights.pth")
+    detector = mmdetection.load_detector(tmp_path / "config.py", tmp_path / "weights.pth")
+    assert list(detector.CLASSES) == list("abcdef")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        'channel_order="rgb"',
+        'color_type="grayscale"',
+        'color_type="color_ignore_orientation"',
+        "to_float32=True",
+        'file_client_args={"backend": "petrel"}',
+        "rotate=90",
+    ],
+)
+def test_other_ways_to_load_a_picture_are_refused(tmp_path, shapes, capfd, option):
+    """An export reads every picture in one way, with EXIF and in colour; the comparison could not notice another."""
+    head, tail = (SHAPES / "config.py").read_text().split("test_pipeline = [")
+    tail = tail.replace('dict(type="LoadImageFromFile")', f'dict(type="LoadImageFromFile", {option})', 1)
+    (tmp_path / "config.py").write_text(f"{head}test_pipeline = [{tail}")
+    assert_refused(capfd, tmp_path, [str(tmp_path / "config.py"), *shapes[1:]], f"({option.split('=')[0]}=")
+
+
+def test_the_reference_reads_the_picture_itself(tmp_path, shapes_detector):
+    """So a reference with another way to load gives other detections, and the verification would notice."""
+    picture = ROOT / "asset" / "shapes.png"
+    expected = mmdetection.reference(shapes_detector, picture)
+    pipeline = shapes_detector.cfg.data.test.pipeline
+    pipeline[0]["channel_order"] = "rgb"
+    try:
+        found = mmdetection.reference(shapes_detector, picture)
+    finally:
+        del pipeline[0]["channel_order"]
+    assert not export.verify_detections("detections", found, expected)
+    assert shapes_detector.roi_head.test_cfg.score_thr == 0.05
+
+
+def test_stdout_that_is_closed(tmp_path):
+    arguments = [SHAPES / "config.py", SHAPES / "shapes.pth", "--out", tmp_path / "out"]
+    command = ["bash", "-c", '"$0" "$@" >&-', sys.executable, ROOT / "export.py", *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(PAIR)
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2)])
+def test_help_works_without_pytorch(tmp_path, arguments, status):
+    """And what is missing is one line with the command that installs it."""
+    for name in ("torch", "mmdet"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
+    command = [sys.executable, str(ROOT / "export.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == status
+    if status:
+        assert result.stderr == (
+            "export.py: No module named torch: uv run --extra export export.py installs what is missing\n"
+        )
+    else:
+        assert "--trust-checkpoint" in result.stdout
+        assert result.stderr == ""
+
+
+def test_without_mmdetection_the_command_that_installs_it_is_named(monkeypatch, capfd):
+    monkeypatch.delitem(sys.modules, "sources.mmdetection")
+    monkeypatch.delattr(sources, "mmdetection")
+    monkeypatch.setitem(sys.modules, "mmcv", None)
+    assert export.main([]) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("export.py: ")
+    assert "mmcv" in line
+    assert "uv run --extra export export.py" in line
 
 
 def test_a_picture_too_thin_to_compare_on(tmp_path, shapes, capfd):

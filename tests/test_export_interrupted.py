@@ -13,9 +13,11 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, SHAPES
+from conftest import MMDETECTION, ROOT, SHAPES, default_sigint
 
-import demo
+from detectors import ModelError, load
+
+pytest.importorskip("mmdet", reason=MMDETECTION)
 
 PAIR = ("model1.onnx", "model2.onnx")
 PICTURE = ROOT / "asset" / "shapes.png"
@@ -24,10 +26,11 @@ CHECKPOINT = (SHAPES / "shapes.pth").read_bytes()
 
 def start(code, **settings):
     """Start a process that runs some code with export.py at hand."""
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import export; {code}"]
+    setup = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import export"
+    command = [sys.executable, "-c", f"{setup}; from sources import checkpoints, mmdetection; {code}"]
     environment = {**os.environ, "no_proxy": "127.0.0.1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **settings)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": default_sigint}
+    return subprocess.Popen(command, env=environment, **{**pipes, **settings})
 
 
 def export_shapes(out, *options):
@@ -72,7 +75,7 @@ def test_interrupted_the_old_pair_stays(old_pair, how, moment):
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
     assert_old_pair(old_pair)
-    assert len(demo.FasterRCNN(old_pair).classes) == 6
+    assert len(load(old_pair).classes) == 6
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert stderr == "export.py: interrupted\n"
@@ -88,12 +91,12 @@ def test_killed_between_the_two_files_is_found_by_the_pair_id(old_pair):
     process = start(f"{kill}; {export_shapes(old_pair, '--opset', '17')}")
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
-    with pytest.raises(demo.ModelError, match="two different exports: export again"):
-        demo.FasterRCNN(old_pair)
+    with pytest.raises(ModelError, match="from different exports: export again"):
+        load(old_pair)
     process = start(export_shapes(old_pair))
     process.communicate(timeout=300)
     assert process.returncode == 0
-    assert len(demo.FasterRCNN(old_pair).classes) == 6
+    assert len(load(old_pair).classes) == 6
 
 
 @pytest.mark.slow
@@ -103,7 +106,7 @@ def test_two_exports_into_one_folder(tmp_path):
         outputs = list(pool.map(lambda process: process.communicate(timeout=300), processes))
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)
-    assert len(demo.FasterRCNN(tmp_path).classes) == 6
+    assert len(load(tmp_path).classes) == 6
 
 
 # ------------------------------------------------------------------ the download
@@ -159,10 +162,10 @@ def start_default(folder, url, code="", digest=None, **settings):
     (folder / "ckpt").mkdir(exist_ok=True)
     name = f"shapes-{digest or hashlib.sha256(CHECKPOINT).hexdigest()[:8]}.pth"
     setup = [
-        f"export.HERE = export.Path({str(folder)!r})",
-        f"export.DEFAULT_CONFIG = {str(SHAPES / 'config.py')!r}",
-        f"export.DEFAULT_CHECKPOINT = {name!r}",
-        f"export.CHECKPOINT_URL = {f'{url}/{name}'!r}",
+        f"mmdetection.CKPT = export.Path({str(folder / 'ckpt')!r})",
+        f"mmdetection.DEFAULT_CONFIG = {str(SHAPES / 'config.py')!r}",
+        f"mmdetection.DEFAULT_CHECKPOINT = {name!r}",
+        f"mmdetection.CHECKPOINT_URL = {f'{url}/{name}'!r}",
         code or "pass",
         f"sys.exit(export.main(['--out', {str(folder / 'out')!r}, '--picture', {str(PICTURE)!r}]))",
     ]
@@ -177,7 +180,7 @@ def url_of(server):
 @pytest.mark.slow
 def test_the_default_is_downloaded_once_however_slowly_it_comes(tmp_path, server):
     server.pause = 0.5
-    process, path = start_default(tmp_path, url_of(server), "export.STALL = 3")  # all of it takes five seconds
+    process, path = start_default(tmp_path, url_of(server), "checkpoints.STALL = 3")  # all of it takes five seconds
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "100%" in stderr  # the progress bar
@@ -225,7 +228,7 @@ def test_a_download_that_fails_says_what_to_put_where(tmp_path, server, case, wo
         settings["digest"] = "0123abcd"
     else:
         settings["preexec_fn"] = limit_file_size
-    process, path = start_default(tmp_path, url, "export.STALL = 1", **settings)
+    process, path = start_default(tmp_path, url, "checkpoints.STALL = 1", **settings)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
     line = stderr.replace("\r", "\n").splitlines()[-1]  # the progress bar may stand before it

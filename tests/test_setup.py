@@ -1,4 +1,4 @@
-"""The two lists of versions agree with each other and with what is installed."""
+"""The two lists of versions agree with each other and with what is installed, all of it or a part."""
 
 import importlib.metadata
 import re
@@ -23,12 +23,30 @@ def pinned():
     return {normalise(pin[1]): pin[2] for pin in pins}
 
 
+def project():
+    """Return pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def requirements_of(extra):
+    """Return the names of the packages that `uv run --extra EXTRA` asks for."""
+    needs = project()["project"]["dependencies"] + project()["project"]["optional-dependencies"][extra]
+    return {normalise(need.split("==")[0]) for need in needs}
+
+
 def test_requirement_txt_agrees_with_pyproject():
-    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    project, constraints = content["project"], content["tool"]["uv"]["constraint-dependencies"]
-    requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), []) + constraints
-    versions = dict(requirement.split("==") for requirement in requirements)
-    assert {normalise(name): version for name, version in versions.items()} == pinned()
+    content = project()
+    extras = content["project"]["optional-dependencies"].values()
+    requirements = content["project"]["dependencies"] + sum(extras, [])
+    requirements += content["tool"]["uv"]["constraint-dependencies"]
+    versions = {tuple(requirement.split("==")) for requirement in requirements}  # an extra may repeat another's
+    assert sorted((normalise(name), version) for name, version in versions) == sorted(pinned().items())
+
+
+def test_the_tests_without_a_framework_need_what_all_tests_need_and_no_framework():
+    light = requirements_of("test")
+    assert light <= requirements_of("export")
+    assert light & {"mmcv-full", "mmdet", "setuptools", "torch", "torchvision"} == set()
 
 
 def test_requirement_txt_is_what_is_installed():
@@ -37,7 +55,10 @@ def test_requirement_txt_is_what_is_installed():
     pins = pinned()
     for installer in ("pip", "wheel"):  # there where pip made the environment, needed by nothing
         installed.pop(installer, None)
+    if "torch" not in installed:  # not all extras are installed
+        installed.pop("setuptools", None)  # comes with pip in some environments, and only mmcv needs a certain one
     assert {name: version for name, version in installed.items() if pins.get(name) != version} == {}
+    assert requirements_of("test") <= set(installed)
 
 
 def test_requirement_txt_holds_everything_the_installed_packages_need():
@@ -46,7 +67,7 @@ def test_requirement_txt_holds_everything_the_installed_packages_need():
         try:
             needs = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
-            continue  # of another platform
+            continue  # of another platform, or of an extra that is not installed
         for need in needs:
             if ";" not in need:
                 assert normalise(re.match(r"[\w.-]+", need)[0]) in pins, f"{name} needs {need}"
