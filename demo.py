@@ -156,22 +156,22 @@ def read_arguments(arguments):
 def main(arguments=None):
     """Run the command line; return the exit status."""
     args = read_arguments(arguments)
-    files, problems = pictures.find_pictures(args.paths or [str(PICTURE)])
-    for problem in problems:
-        print(f"demo.py: {problem}", file=sys.stderr)
-    files, annotated = [f for f in files if not pictures.is_annotated(f)], len(files)
-    if len(files) < annotated:
-        print(f"left out: {annotated - len(files)} pictures that an earlier run annotated", file=sys.stderr)
-    if not files:
-        return 2
     try:
+        files, problems = pictures.find_pictures(args.paths or [str(PICTURE)])
+        for problem in problems:
+            print(f"demo.py: {problem}", file=sys.stderr)
+        originals = [file for file in files if not pictures.is_annotated(file)]
+        if len(originals) < len(files):
+            print(f"demo.py: left out, annotated by an earlier run: {len(files) - len(originals)}", file=sys.stderr)
+        if not originals:
+            return 2
         detector = load(args.model)
         print(f"model: {args.model} ({len(detector.classes)} classes)")
         if args.paths and args.model.resolve() == BUNDLED:
             shapes = ", ".join(detector.classes)
             print(f"It knows drawn shapes only ({shapes}): for photographs, export a model of your own.")
         args.out.mkdir(parents=True, exist_ok=True)
-        failures = run(detector, files, args)
+        failures = run(detector, originals, args)
     except (ModelError, OSError) as error:
         print(f"demo.py: {one_line(error)}", file=sys.stderr)
         return 2
@@ -181,7 +181,7 @@ def main(arguments=None):
     finally:
         if args.show:
             cv2.destroyAllWindows()
-    if failures == len(files):
+    if failures == len(originals):
         return 2
     return 1 if failures or problems else 0
 
@@ -189,6 +189,7 @@ def main(arguments=None):
 if __name__ == "__main__":
     if MISSING:
         read_arguments(None)
-        print(f"demo.py: {MISSING}: uv run demo.py installs what is missing", file=sys.stderr)
+        hint = ": uv run demo.py installs it" if isinstance(MISSING, ModuleNotFoundError) else ""
+        print(f"demo.py: {MISSING}{hint}", file=sys.stderr)
         sys.exit(2)
     pictures.run_program(main)

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import List, Literal, Tuple
+from typing import List, Literal, Optional, Tuple
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported; 1.6 GB as float32
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised, and reported by us
@@ -32,7 +32,8 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from typing_extensions import Annotated  # noqa: E402
 
-from detectors import ModelError, default_folder, load, one_line, preprocess  # noqa: E402
+from detectors import ModelError, default_folder, load, one_line  # noqa: E402
+from detectors.preprocess import preprocess  # noqa: E402
 from pictures import coco_results, printable, read_picture, run_program, write_file  # noqa: E402
 
 try:
@@ -94,10 +95,12 @@ def read_annotations(path):
         coco.dataset = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EvaluationError(f"{path} is not a COCO annotation file: {one_line(error)}") from error
-    coco.dataset.setdefault("annotations", [])
-    names = [category.name for category in checked.categories]
-    if len(set(names)) < len(names):
+    for number, annotation in enumerate(coco.dataset.setdefault("annotations", []), 1):
+        annotation["id"] = number  # pycocotools takes an id of 0 for no match, and loses annotations of equal ids
+    if len({category.name for category in checked.categories}) < len(checked.categories):
         raise EvaluationError(f"{path} has two categories of the same name")
+    if len({image.id for image in checked.images}) < len(checked.images):
+        raise EvaluationError(f"{path} has two images of the same id")
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
         coco.createIndex()
     return coco
@@ -113,6 +116,28 @@ def category_ids(coco, classes):
 
 
 # ---------------------------------------------------------------------- the partial file
+
+
+class Entry(msgspec.Struct):
+    """A detection, as COCO's list of results has it."""
+
+    image_id: int
+    category_id: int
+    bbox: Tuple[float, float, float, float]
+    score: float
+
+
+class Record(msgspec.Struct):
+    """What a line of a partial file says of a picture: its detections, or why there are none."""
+
+    image_id: int
+    detections: Optional[List[Entry]] = None
+    error: Optional[str] = None
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        if (self.detections is None) == (self.error is None):
+            raise ValueError("a picture with neither detections nor an error, or with both")
 
 
 def describe_run(pair, annotations, folder):
@@ -131,8 +156,8 @@ def read_partial(path, header):
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # cut off while being written
         found, *records = [json.loads(line) for line in lines] or [header]
-        found, records = dict(found), {record["image_id"]: record for record in records}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        found, records = dict(found), {msgspec.convert(record, Record).image_id: record for record in records}
+    except (ValueError, TypeError, RecursionError, msgspec.ValidationError) as error:
         raise EvaluationError(f"{path} is damaged ({one_line(error)}): delete it") from error
     for key, name in {"pair": "model", "annotations": "annotation file", "folder": "folder of pictures"}.items():
         if found.get(key) != header[key]:
@@ -274,7 +299,13 @@ def read_arguments(arguments):
     add("annotations", metavar="ANNOTATIONS", type=Path, help="a COCO annotation file, such as instances_val2017.json")
     add("folder", metavar="FOLDER", type=Path, help="the folder of its pictures")
     add("--model", metavar="DIR", type=Path, default=default_folder(), help="folder of an export (default: as demo.py)")
-    add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the results (default: output)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("output/evaluation"),
+        help="folder for the results (default: output/evaluation)",
+    )
     add("--per-class", action="store_true", help="print the average precision of each class, too")
     add("--resume", action="store_true", help="go on with the run whose partial file is in --out, if there is one")
     parts = parser.add_mutually_exclusive_group()

@@ -200,7 +200,7 @@ def draw_input(p):
         f"on the right and at the bottom make both sides multiples of {settings.pad_divisor}, because the first "
         "network halves the picture again and again."
     )
-    return Page("1_input", caption, text, "detectors.preprocess", figure)
+    return Page("1_input", caption, text, "detectors.preprocess.preprocess", figure)
 
 
 def draw_anchors(p):
@@ -705,9 +705,12 @@ def explain(detector, path, out):
     with mpl.rc_context({"font.family": "DejaVu Sans", "hatch.linewidth": 0.8}):
         pages = [draw_page(pipeline) for draw_page in DRAWERS]
         pngs = [as_png(page) for page in pages]
+    paths = [out / f"{page.name}.png" for page in pages]
+    if os.path.realpath(path) in map(os.path.realpath, paths):
+        raise ValueError("it would be overwritten: name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    for page, png in zip(pages, pngs):
-        write_file(out / f"{page.name}.png", png)
+    for file, png in zip(paths, pngs):
+        write_file(file, png)
     write_file(out / "index.html", as_html(printable(Path(path).name), pages, pngs).encode())
     return pages
 

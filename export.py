@@ -31,7 +31,8 @@ try:
     import torch
 
     import sources
-    from detectors import ModelError, load, one_line, preprocess
+    from detectors import ModelError, load, one_line
+    from detectors.preprocess import preprocess
     from detectors.settings import changed, write
     from pictures import read_picture, run_program
 except ImportError as error:  # --help works all the same
@@ -247,7 +248,8 @@ def main(arguments=None):
 if __name__ == "__main__":
     if MISSING:
         read_arguments(None)
-        print(f"export.py: {MISSING}: uv run --extra export export.py installs what is missing", file=sys.stderr)
+        hint = ": uv run --extra export export.py installs it" if isinstance(MISSING, ModuleNotFoundError) else ""
+        print(f"export.py: {MISSING}{hint}", file=sys.stderr)
         sys.exit(2)
     sys.unraisablehook = lambda _: None  # mmcv loses a temporary file when a config fails, and Python complains
     run_program(main)

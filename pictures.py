@@ -34,9 +34,9 @@ def is_annotated(path):
 
 
 def pictures_in(folder):
-    """Return the pictures in a folder, sorted; annotated ones and what is no regular file are left out."""
-    named = (path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
-    return sorted(str(path) for path in named if (path.is_file() or not path.exists()) and not is_annotated(path))
+    """Return the pictures in a folder, sorted; what is not a regular file, such as a pipe, is left out."""
+    named = sorted(str(path) for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
+    return [path for path in named if os.path.isfile(path) or not os.path.exists(path)]
 
 
 def find_pictures(paths):
@@ -57,7 +57,10 @@ def find_pictures(paths):
             files += found
             if not found:
                 problems.append(f"{printable(match)}: {problem}")
-    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], problems
+    once = {}
+    for file in files:
+        once.setdefault(os.path.realpath(file), file)
+    return list(once.values()), problems
 
 
 def read_picture(path):
@@ -197,7 +200,7 @@ def write_file(path, data):
 
 
 def run_program(main):
-    """Run a program's main and exit with its status, even if stdout is closed, full or short of letters."""
+    """Run a program's main and exit with its status, even if stdout is closed, full, or cannot encode a name."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed; else the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from detectors.faster_rcnn import FasterRCNN
 from detectors.networks import ModelError, Network, one_line
-from detectors.preprocess import preprocess
 from detectors.settings import FORMAT, Header, SettingsError, read
 from postprocess import Detections
 
-__all__ = ["BUNDLED", "Detections", "ModelError", "default_folder", "load", "one_line", "preprocess"]
+__all__ = ["BUNDLED", "Detections", "ModelError", "default_folder", "load", "one_line"]
 
 FAMILIES = {"faster_rcnn": FasterRCNN}
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"

@@ -13,8 +13,9 @@ class ModelError(Exception):
 
 
 def one_line(error):
-    """Return the message of an exception as one line."""
-    return " ".join(str(error).split())
+    """Return the message of an exception as one line that cannot do anything to a terminal."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Network:
@@ -32,13 +33,12 @@ class Network:
         options.enable_cpu_mem_arena = keep_memory
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            # The text that export.py left in the file; None if another program wrote it.
+            self.metadata = self.session.get_modelmeta().custom_metadata_map.get("detector")
+            tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
+            self.declared = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(f"{path} cannot be loaded by onnxruntime: {one_line(error)}") from error
-
-    @property
-    def metadata(self):
-        """The text that export.py left in the file; None if another program wrote it."""
-        return self.session.get_modelmeta().custom_metadata_map.get("detector")
 
     def expect(self, tensors, sizes):
         """Refuse a network whose input and outputs are not these, and check the shapes of every run from now on.
@@ -46,15 +46,14 @@ class Network:
         tensors: {name: shape}, the input first, then the outputs in their order. A side is a number, or a name that
         stands for the same number wherever it occurs; the numbers found are added to `sizes`.
         """
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        names = [tensor.name for tensor in [*inputs, *outputs]]
-        if len(inputs) != 1 or names != list(tensors):
+        names = [name for name, _, _ in self.declared]
+        if len(self.session.get_inputs()) != 1 or names != list(tensors):
             raise ModelError(f"{self.path} takes and gives {', '.join(names)} instead of {', '.join(tensors)}: is it "
                              "another network under this name? Export again")  # fmt: skip
-        for tensor, expected in zip([*inputs, *outputs], tensors.values()):
-            if tensor.type != "tensor(float)":
-                raise ModelError(f"{self.path} does not fit its settings: {tensor.name} is a {tensor.type}")
-            self.check(tensor.name, tensor.shape, expected, sizes)
+        for (name, kind, shape), expected in zip(self.declared, tensors.values()):
+            if kind != "tensor(float)":
+                raise ModelError(f"{self.path} does not fit its settings: {name} is a {kind}")
+            self.check(name, shape, expected, sizes)
         self.tensors = tensors
 
     def check(self, name, shape, expected, sizes):
@@ -73,7 +72,7 @@ class Network:
 
         ModelError if the network fails, or if an output has the wrong shape or is not finite.
         """
-        name = self.session.get_inputs()[0].name
+        name = self.declared[0][0]
         try:
             outputs = self.session.run(None, {name: array})
         except Exception as error:  # onnxruntime's errors have no common base class

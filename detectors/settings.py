@@ -118,7 +118,7 @@ class FasterRCNNSettings(Export, kw_only=True):
     def __post_init__(self):
         """Check what no single field can."""
         if len(self.rois.strides) > len(self.proposals.anchors.strides):
-            raise ValueError(f"RoIs read {len(self.rois.strides)} levels of {len(self.proposals.anchors.strides)}")
+            raise ValueError(f"{len(self.rois.strides)} levels for RoIs of {len(self.proposals.anchors.strides)}")
 
 
 class SettingsError(ValueError):

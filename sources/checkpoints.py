@@ -61,6 +61,13 @@ def load_checkpoint(path, trust):
     return checkpoint
 
 
+def is_plain(value):
+    """Return whether a value of a checkpoint is a tensor of real numbers, each of them there."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_quantized or value.is_complex() or value.is_meta)
+
+
 def load_weights(model, checkpoint, path):
     """Load a checkpoint's weights into a model; refuse them if any is missing, left over or of another shape."""
     state = checkpoint.get("state_dict", checkpoint)
@@ -75,8 +82,11 @@ def load_weights(model, checkpoint, path):
         for name, shape in expected.items()
         if found.get(name, shape) != shape
     ]
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    problems += [f"{name} holds NaN or infinity" for name, value in tensors.items() if not value.isfinite().all()]
+    for name in [name for name in found if name in expected]:
+        if not is_plain(state[name]):
+            problems.append(f"{name} is not a plain tensor of real numbers")
+        elif not state[name].isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise SourceError(f"{path} does not fit the config: {'; '.join(problems[:3])}{more}")

@@ -269,7 +269,7 @@ def check_test_cfg(name, cfg):
     if cfg.nms.get("type") == "soft_nms" or cfg.nms.get("class_agnostic"):
         known["split_thr"] = (NMS_SPLIT,)
     for option, value in cfg.nms.items():
-        if option not in known or (known[option] is not None and value not in known[option]):
+        if option not in known or value is None or (known[option] is not None and value not in known[option]):
             raise SourceError(f"model.test_cfg.{name}.nms has {option}={value!r}, which cannot be exported")
     if "iou_threshold" not in cfg.nms or cfg.max_per_img <= 0:
         raise SourceError(f"model.test_cfg.{name} needs nms.iou_threshold, and a max_per_img above 0")

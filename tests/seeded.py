@@ -10,7 +10,7 @@ from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 
-from detectors import preprocess
+from detectors.preprocess import preprocess
 from sources.mmdetection import DATASETS, Model2, describe_preprocessing
 
 

@@ -1,7 +1,5 @@
 """demo.py: its command line, what it writes, and what it stands on."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -11,11 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import MMDETECTION, ROOT, SHAPES
+from conftest import MMDETECTION, ROOT, SHAPES, call_program
 from pycocotools.coco import COCO
 
 import demo
-from pictures import annotated_png, is_annotated, run_program
+from pictures import annotated_png, is_annotated
 
 PICTURE = ROOT / "asset" / "shapes.png"
 RESULTS = {"detections.json", "pictures.json"}
@@ -35,15 +33,7 @@ def run_demo(*arguments, timeout=300, **settings):
 
 def call_demo(*arguments, encoding="utf-8"):
     """Run demo.py in this process, which is quicker; return what run_demo returns."""
-    stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        with pytest.raises(SystemExit) as end:
-            run_program(lambda: demo.main([str(argument) for argument in arguments]))
-        printed = []
-        for stream in (stdout, stderr):
-            stream.flush()
-            printed.append(stream.buffer.getvalue().decode(encoding))
-    return subprocess.CompletedProcess(arguments, end.value.code, *printed)
+    return call_program(demo.main, *arguments, encoding=encoding)
 
 
 def assert_one_line(stderr, *words):
@@ -249,10 +239,10 @@ def test_an_annotated_picture_is_no_input_even_by_its_name(tmp_path, picture):
     annotated.write_bytes(annotated_png(cv2.imread(str(picture))))
     before = annotated.read_bytes()
     result = call_demo(annotated, picture, "--out", tmp_path / "out", "--model", SHAPES)
-    assert (result.returncode, result.stderr) == (0, "left out: 1 pictures that an earlier run annotated\n")
+    assert (result.returncode, result.stderr) == (0, "demo.py: left out, annotated by an earlier run: 1\n")
     assert names_in(tmp_path / "out") == {"picture.png"}
     result = call_demo(annotated, "--out", tmp_path, "--model", SHAPES)
-    assert (result.returncode, result.stderr) == (2, "left out: 1 pictures that an earlier run annotated\n")
+    assert (result.returncode, result.stderr) == (2, "demo.py: left out, annotated by an earlier run: 1\n")
     assert annotated.read_bytes() == before
 
 

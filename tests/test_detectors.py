@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_demo import assert_one_line, call_demo
 
 import detectors
+from detectors.preprocess import preprocess
 from detectors.settings import Preprocess, SettingsError, changed, read, write
 
 PICTURE = ROOT / "asset" / "shapes.png"
@@ -36,7 +37,7 @@ def test_preprocessing_is_bit_equal_to_mmdetection(photographs, scale):
     for image in [*photographs.values(), *odd]:
         expected = pipeline({"img": image})
         meta = expected["img_metas"][0].data
-        blob, image_size, scale_factor = detectors.preprocess(image, settings)
+        blob, image_size, scale_factor = preprocess(image, settings)
         assert blob.dtype == np.float32
         np.testing.assert_array_equal(blob[0], expected["img"][0].numpy())
         assert tuple(image_size) == meta["img_shape"][:2]
@@ -444,6 +445,22 @@ def test_another_count_of_input_channels(tmp_path):
     model = copy_model(tmp_path / "model")
     edit(model, "model1.onnx", grey)
     assert "model1.onnx does not fit its settings: image is [N, 1, H, W] instead of [N, 3, " in load_error(model)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"circle"', b'"\xffircle"'), (b"cls_4", b"\xffls_4"), (b"H_3", b"\xff_3")])
+def test_names_that_are_no_utf_8(tmp_path, old, new):
+    model = copy_model(tmp_path / "model", lambda text, name: text)
+    content = (model / "model1.onnx").read_bytes()
+    assert old in content
+    (model / "model1.onnx").write_bytes(content.replace(old, new))
+    with pytest.raises(detectors.ModelError, match=r"model1\.onnx cannot be loaded.*utf-8"):
+        detectors.load(model)
+
+
+def test_what_is_printed_cannot_command_a_terminal(tmp_path):
+    model = copy_model(tmp_path / "model", lambda text, name: text.replace('"scale"', '"\\u001b[31mscale"'))
+    result = call_demo("--model", model, "--out", tmp_path / "out")
+    assert_one_line(result.stderr, r"unknown field `\x1b[31mscale`")
 
 
 def test_a_model_of_somebody_else(tmp_path):

@@ -10,7 +10,7 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, SHAPES, default_sigint
+from conftest import ROOT, SHAPES, call_program, default_sigint
 
 import evaluate
 from detectors import ModelError
@@ -23,8 +23,8 @@ IDS = [2, 5, 9, 44, 71, 90]  # of the categories: with gaps, as COCO's
 
 
 def run_evaluate(*arguments):
-    """Run evaluate.py with the bundled model as a process."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=600, check=False)
+    """Run evaluate.py with the bundled model."""
+    return call_program(evaluate.main, *arguments, "--model", SHAPES)
 
 
 def command(*arguments):
@@ -85,7 +85,8 @@ def few(pictures, tmp_path):
 def whole(pictures, tmp_path_factory):
     """Return the output of a run without interruption over the 24 pictures: its stdout and detections.json."""
     folder = tmp_path_factory.mktemp("whole")
-    result = run_evaluate(*write_few(pictures, folder))
+    line = command(*write_few(pictures, folder))
+    result = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (folder / "out").iterdir()] == ["detections.json"]
     return result.stdout, (folder / "out" / "detections.json").read_bytes()
@@ -352,6 +353,7 @@ def test_a_picture_on_which_the_model_fails_is_skipped(few, monkeypatch, capsys)
         ("annotations", lambda entry: entry.update(iscrowd=10**30), "iscrowd"),
         ("categories", lambda entry: entry.pop("name"), "name"),
         ("categories", lambda entry: entry.update(name="star"), "two categories"),
+        ("images", lambda entry: entry.update(id=1_000_001), "two images"),
         ("images", lambda entry: entry.update(file_name=7), "file_name"),
         ("images", lambda entry: entry.update(id="one"), "id"),
     ],
@@ -375,6 +377,21 @@ def test_broken_pictures_are_named(few, tmp_path):
     assert len(lines) == 25
     assert lines[0].startswith("evaluate.py: 1000000.png: ")
     assert "nothing was detected" in lines[-1]
+
+
+@pytest.mark.parametrize("number", [lambda i: i, lambda i: 5, lambda i: f"no. {i}", None])
+def test_ids_of_annotations_do_not_matter(few, whole, number):
+    """Not if they count from 0, are equal, are texts, or are missing: pycocotools would lose a match of id 0."""
+    arguments, _ = few
+    content = json.loads(arguments[0].read_text())
+    for i, entry in enumerate(content["annotations"]):
+        entry.pop("id")
+        if number:
+            entry["id"] = number(i)
+    arguments[0].write_text(json.dumps(content))
+    result = run_evaluate(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1:13] == whole[0].splitlines()[1:13]
 
 
 @pytest.mark.parametrize("change", [lambda content: content.pop("annotations"), lambda c: c["annotations"].clear()])
@@ -467,6 +484,10 @@ def test_a_partial_file_of_another_run_is_not_mixed(few):
         ("[1]\n", "damaged"),
         ("\udcff\n", "damaged"),
         ("[" * 100_000 + "\n", "damaged"),
+        ('{}\n{"image_id": 1000000, "detections": 7}\n', "damaged"),
+        ('{}\n{"image_id": 1000000, "detections": [3]}\n', "damaged"),
+        ('{}\n{"image_id": 1000000, "detections": [{"a": 1}]}\n', "damaged"),
+        ('{}\n{"image_id": 1000000}\n', "damaged"),
     ):
         partial.write_bytes(content.encode(errors="surrogateescape"))
         assert_refused(run_evaluate(*arguments, "--resume"), word)

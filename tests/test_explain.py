@@ -132,7 +132,7 @@ def test_numbers_in_texts_are_short(pages):
 def test_what_is_said_to_compute_a_picture_exists(pages):
     for page in pages:
         for name in page.functions.split(", "):
-            module, function = name.split(".")
+            module, function = name.rsplit(".", 1)
             assert function == "onnx" or callable(getattr(importlib.import_module(module), function))
 
 
@@ -380,6 +380,15 @@ def test_what_is_no_picture(tmp_path, capsys, content):
     assert error.startswith("explain.py: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_picture_itself_is_not_overwritten(tmp_path, capsys):
+    picture = tmp_path / "1_input.png"
+    picture.write_bytes(PICTURE.read_bytes())
+    assert explain.main([str(picture), "--model", str(SHAPES), "--out", str(tmp_path)]) == 2
+    assert "it would be overwritten" in capsys.readouterr().err
+    assert picture.read_bytes() == PICTURE.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["1_input.png"]
 
 
 def test_matplotlib_missing_is_said(monkeypatch, capsys):

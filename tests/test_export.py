@@ -19,6 +19,8 @@ from detectors.settings import changed
 torch = pytest.importorskip("torch", reason=MMDETECTION)
 mmdetection = pytest.importorskip("sources.mmdetection", reason=MMDETECTION, exc_type=ImportError)
 
+import mmcv  # noqa: E402
+
 import export  # noqa: E402
 import sources  # noqa: E402
 from sources import checkpoints  # noqa: E402
@@ -144,6 +146,13 @@ def test_metadata_of_both_files_is_the_same():
     texts = [onnx.load(str(SHAPES / name)).metadata_props[0].value for name in PAIR]
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["source"]["config"] == "config.py"
+
+
+def test_soft_nms_has_the_minimum_of_mmcv_where_a_config_names_none(shapes_detector):
+    head, cfg = shapes_detector.roi_head.bbox_head, dict(shapes_detector.test_cfg.rcnn)
+    for nms, expected in (({}, None), ({"type": "soft_nms"}, 1e-3), ({"type": "soft_nms", "min_score": 0.2}, 0.2)):
+        found = mmdetection.describe_head(head, mmcv.ConfigDict({**cfg, "nms": {"iou_threshold": 0.5, **nms}}))
+        assert found.soft_min_score == expected
 
 
 def test_an_opset_that_does_not_exist(tmp_path, shapes, capfd):
@@ -341,6 +350,9 @@ def test_files_that_are_no_checkpoint(tmp_path, shapes, capfd, content, trust):
         (lambda state: state.update({"rpn_head.rpn_cls.bias": torch.zeros(5)}), ["is [5] instead of [3]"]),
         (lambda state: state.clear(), ["is missing;", "more"]),
         (lambda state: state["rpn_head.rpn_cls.bias"].fill_(np.nan), ["rpn_head.rpn_cls.bias holds NaN or infinity"]),
+        (lambda state: state.update({"rpn_head.rpn_cls.bias": torch.zeros(3).to_sparse()}), ["not a plain tensor"]),
+        (lambda state: state.update({"rpn_head.rpn_cls.bias": torch.zeros(3) * 1j}), ["not a plain tensor"]),
+        (lambda state: state.update({"backbone.bn1.num_batches_tracked": 7}), ["not a plain tensor"]),
     ],
 )
 def test_weights_of_another_detector(tmp_path, shapes, capfd, change, words):
@@ -467,6 +479,7 @@ def test_configs_that_cannot_be_exported(tmp_path, shapes, capfd, config, word):
         ('type="SingleRoIExtractor"', 'type="GenericRoIExtractor"', "GenericRoIExtractor"),
         ('type="nms", iou_threshold=0.5', 'type="soft_nms", method="gaussian", iou_threshold=0.5', "gaussian"),
         ('type="nms", iou_threshold=0.5', 'type="soft_nms", split_thr=5000, iou_threshold=0.5', "split_thr"),
+        ('type="nms", iou_threshold=0.5', 'type="soft_nms", min_score=None, iou_threshold=0.5', "min_score=None"),
         ("iou_threshold=0.7), min_bbox_size", "iou_threshold=0.7, max_num=50), min_bbox_size", "max_num"),
         ("nms_pre=1000, max_per_img=1000,", "nms_pre=1000, max_per_img=0,", "max_per_img"),
         ('dict(type="Resize", keep_ratio=True)', 'dict(type="Resize", backend="pillow")', "Resize(backend='pillow')"),
@@ -593,9 +606,7 @@ def test_help_works_without_pytorch(tmp_path, arguments, status):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == status
     if status:
-        assert result.stderr == (
-            "export.py: No module named torch: uv run --extra export export.py installs what is missing\n"
-        )
+        assert result.stderr == ("export.py: No module named torch: uv run --extra export export.py installs it\n")
     else:
         assert "--trust-checkpoint" in result.stdout
         assert result.stderr == ""

@@ -29,7 +29,6 @@ def test_what_is_taken_from_a_folder(tmp_path):
     expected = fill(tmp_path, "a.PNG", "b.jpg", "c.jpeg", "d.tif", "e.tiff", "f.webp", "g.bmp")
     fill(tmp_path, "text.txt", "no suffix", "folder.png/in it.png")
     os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "annotated.png").write_bytes(pictures.annotated_png(np.zeros((4, 4, 3), np.uint8)))
     assert pictures.find_pictures([str(tmp_path)]) == (expected, [])
 
 
@@ -56,9 +55,14 @@ def test_a_quoted_glob_finds_what_the_unquoted_does(tmp_path):
 def test_every_file_is_taken_once_and_in_order(tmp_path):
     b, a = fill(tmp_path, "b.png", "a.png")
     (tmp_path / "link.png").symlink_to(a)
-    files, problems = pictures.find_pictures([b, str(tmp_path / "*.png"), str(tmp_path / "x.png"), a])
+    files, problems = pictures.find_pictures([b, str(tmp_path / "*.png"), str(tmp_path / "x.png"), a, b])
     assert files == [b, a]
     assert problems == [f"{tmp_path / 'x.png'}: no such file"]
+
+
+def test_a_name_with_brackets_is_a_name_first(tmp_path):
+    brackets, _ = fill(tmp_path, "[x].png", "x.png")
+    assert pictures.find_pictures([brackets]) == ([brackets], [])
 
 
 # ------------------------------------------------------------------ read

@@ -24,6 +24,7 @@ from postprocess import (
     grid_anchors,
     nms,
     objectness,
+    pairwise_iou,
     propose,
     roi_align,
     roi_align_by_definition,
@@ -222,6 +223,20 @@ def test_nms_of_many_boxes_takes_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6  # all pairs at once would be 400e6 for each of the terms of an IoU
+
+
+def test_soft_nms_lowers_from_the_threshold_on():
+    """An IoU of exactly the threshold counts, as in mmcv; NMS removes only above it."""
+    boxes, scores = np.float32([[0, 0, 2, 1], [0, 0, 1, 1]]), np.float32([0.9, 0.8])
+    assert pairwise_iou(boxes, boxes)[0, 1] == 0.5
+    np.testing.assert_array_equal(soft_nms(boxes, scores, 0.5, 0.001)[1], np.float32([0.9, 0.4]))
+    assert nms(boxes, scores, 0.5).tolist() == [0, 1]
+
+
+def test_equal_scores_of_several_groups_keep_their_order():
+    boxes = np.float32([[i * 20, 0, i * 20 + 10, 10] for i in range(50)])
+    scores, groups = np.full(50, 0.5, np.float32), np.arange(50)[::-1] % 7
+    assert batched_nms(boxes, scores, groups, 0.5)[0].tolist() == list(range(50))
 
 
 def test_nms_of_nothing():
