@@ -138,7 +138,9 @@ def read_score(text):
 
 def read_arguments(arguments):
     """Return what the command line says."""
-    parser = argparse.ArgumentParser("demo.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="a picture, a folder or a glob (default: the bundled picture)")
     add("--model", metavar="DIR", type=Path, default=None if MISSING else default_folder(),

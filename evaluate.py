@@ -294,7 +294,9 @@ def read_shard(text):
 
 def read_arguments(arguments):
     """Return what the command line says."""
-    parser = argparse.ArgumentParser("evaluate.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("annotations", metavar="ANNOTATIONS", type=Path, help="a COCO annotation file, such as instances_val2017.json")
     add("folder", metavar="FOLDER", type=Path, help="the folder of its pictures")

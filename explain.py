@@ -717,7 +717,9 @@ def explain(detector, path, out):
 
 def main(arguments=None):
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("explain.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="explain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("picture", metavar="PICTURE", help="a picture, preferably with a few objects")
     parser.add_argument("--model", metavar="DIR", type=Path, default=default_folder(),
                         help="folder of model1.onnx and model2.onnx (default: as demo.py)")  # fmt: skip

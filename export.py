@@ -215,7 +215,9 @@ def export(source, out, opset, picture):
 
 def read_arguments(arguments):
     """Return what the command line says."""
-    parser = argparse.ArgumentParser("export.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG", help="a file, or the name of a config in MMDetection")
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="the .pth file with its weights")

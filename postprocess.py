@@ -321,6 +321,7 @@ def interpolation_matrices(start, length, map_length, settings):
     stop = np.maximum(np.max(high, axis=(1, 2), where=used, initial=0), first) + 1
     k = (stop - first).max(initial=0)
 
+    # All matrices are filled at once, as one long row: bincount adds up the weights that fall on the same place.
     row = (np.arange(len(used) * s) * k).reshape(len(used), s, 1) - first[:, None, None]
     entries = np.stack([row + low, row + high])[:, used]  # the places of a point's two weights in the matrices
     weights = (np.stack([1 - fraction, fraction]) / count)[:, used]
