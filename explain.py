@@ -37,6 +37,7 @@ from postprocess import (  # noqa: E402
 
 try:
     import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 except ImportError:
@@ -681,7 +682,7 @@ img { width: 100%; border: 1px solid #ddd } code { background: #f2f2f2; padding:
 def as_png(page):
     """Return a page's figure as the bytes of a PNG, with its caption as the description."""
     buffer = io.BytesIO()
-    page.figure.savefig(buffer, format="png", metadata={"Description": page.caption})
+    FigureCanvasAgg(page.figure).print_png(buffer, metadata={"Description": page.caption})  # savefig draws twice
     return buffer.getvalue()
 
 
