@@ -104,7 +104,8 @@ def networks(detector):
     extractor = detector.roi_head.bbox_roi_extractor
     levels = range(len(detector.rpn_head.prior_generator.strides))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
-    image, roi_feats = torch.randn(1, 3, 256, 320), torch.randn(2, extractor.out_channels, *output_size(extractor))
+    image = torch.randn(1, 3, 256, 320)
+    roi_feats = torch.randn(2, extractor.out_channels, *extractor.roi_layers[0].output_size)
     return {
         "model1.onnx": Network(Model1(detector), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps),
         "model2.onnx": Network(
@@ -113,16 +114,13 @@ def networks(detector):
     }
 
 
-def output_size(extractor):
-    """Return the (height, width) of the features that an extractor makes of a RoI."""
-    return extractor.roi_layers[0].output_size
-
-
 class WindowAttention(ShiftWindowMSA):
     """Swin Transformer's attention; MMDetection's own makes the batch size a constant of the exported graph."""
 
     def window_reverse(self, windows, height, width):
-        """Lay the windows [n, s, s, C] side by side: [N, height, width, C]."""
+        """Lay the windows [n, s, s, C] side by side: [N, height, width, C]; when not exported, as MMDetection does."""
+        if not torch.onnx.is_in_onnx_export():
+            return super().window_reverse(windows, height, width)
         size, channels = self.window_size, windows.shape[-1]
         grid = windows.view(-1, height // size, width // size, size, size, channels)
         return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)

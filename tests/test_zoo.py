@@ -89,6 +89,7 @@ KNOBS = {  # changes of it, each alone
     "Soft-NMS, score threshold below its min_score": {
         "model.test_cfg.rcnn.nms": {**SOFT, "min_score": 0.3},
         "model.test_cfg.rcnn.score_thr": 0.2,
+        "model.test_cfg.rcnn.max_per_img": 1000,
     },
     "Soft-NMS, min_score": {
         "model.test_cfg.rcnn.nms": {**SOFT, "min_score": 0.15},
