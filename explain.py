@@ -24,10 +24,10 @@ from detectors import ModelError, default_folder, load, one_line  # noqa: E402
 from pictures import draw, drawable_names, printable, read_picture, run_program, write_file  # noqa: E402
 from postprocess import (  # noqa: E402
     NMS_SPLIT,
-    base_anchors,
     decode_boxes,
-    grid_anchors,
     interpolation_matrices,
+    level_anchors,
+    moved_apart,
     objectness,
     pairwise_iou,
     sample_points,
@@ -70,14 +70,15 @@ class Pipeline:
         names = drawable_names(detector.classes)
         self.classes = [name.replace("$", r"\$") for name in names]  # between two, matplotlib reads TeX
 
-        anchors = self.settings.proposals.anchors
-        self.strides = anchors.strides
-        self.bases = [
-            base_anchors(size, anchors.scales, anchors.ratios, anchors.center_offset) for size in anchors.base_sizes
-        ]
+        self.strides = self.settings.proposals.anchors.strides
         self.cls, self.reg, self.features = (
             [self.model1[f"{kind}_{level}"][0] for level in range(len(self.strides))] for kind in ("cls", "reg", "feat")
         )
+
+        sizes, self.anchors = [logits.shape[1:] for logits in self.cls], []  # of every level, [h, w, a, 4]
+        for level, (height, width) in enumerate(sizes):
+            anchors = level_anchors(level, sizes, self.settings.proposals.anchors)
+            self.anchors.append(anchors.reshape(height, width, -1, 4))
 
         settings = self.settings.preprocess
         pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings.std) + np.float32(settings.mean)
@@ -206,19 +207,19 @@ def draw_input(p):
 
 def draw_anchors(p):
     """2: the anchors of three cells of each level, to scale."""
-    levels, bases, settings = len(p.strides), p.bases, p.settings.proposals.anchors
-    counts = [len(base) * deltas[0].size for base, deltas in zip(bases, p.reg)]
-    caption = f"2  Anchors: {sum(counts):,} boxes of fixed sizes, {len(bases[0])} at every cell of every level"
+    levels, settings = len(p.strides), p.settings.proposals.anchors
+    counts = [anchors[..., 0].size for anchors in p.anchors]
+    number = p.anchors[0].shape[2]
+    caption = f"2  Anchors: {sum(counts):,} boxes of fixed sizes, {number} at every cell of every level"
     figure, axes = level_panels(p, caption, fade=0.55)
     height, width = p.resized.shape[:2]
     for level, axis in enumerate(axes):
-        map_height, map_width = p.reg[level].shape[1:]
+        map_height, map_width = p.anchors[level].shape[:2]
         axis.set_title(f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fontsize=11)
         for part in (0.2, 0.5, 0.8):
             y, x = int(min(height / p.strides[level], map_height) / 2), int(width / p.strides[level] * part)
             y, x = min(y, map_height - 1), min(x, map_width - 1)
-            here = (y * map_width + x) * len(bases[level]) + np.arange(len(bases[level]))
-            anchors = grid_anchors(bases[level], (map_height, map_width), p.strides[level], here)
+            anchors = p.anchors[level][y, x]
             draw_boxes(axis, anchors, PALETTE[level % len(PALETTE)])
             axis.plot(*((anchors[0, :2] + anchors[0, 2:]) / 2), "+", color="black", ms=6)
         axis.set_xlim(-0.3 * width, 1.3 * width)
@@ -229,25 +230,42 @@ def draw_anchors(p):
         f"the base size of its level. That makes {listed(counts)} on {level_names(levels)}. Each panel shows the "
         "anchors of three cells, with a cross in their centre. Coarse levels have few anchors, and large ones."
     )
-    return Page("2_anchors", caption, text, "postprocess.base_anchors, postprocess.grid_anchors", figure)
+    return Page(
+        "2_anchors",
+        caption,
+        text,
+        "postprocess.level_anchors, postprocess.base_anchors, postprocess.grid_anchors",
+        figure,
+    )
 
 
 def draw_objectness(p):
     """3: the RPN's scores of each level over the picture."""
     strides, softmax_of_two, maps = p.strides, p.settings.proposals.softmax, []
-    for logits, base in zip(p.cls, p.bases):
-        maps.append(objectness(logits, softmax_of_two).reshape(*logits.shape[1:], len(base)).max(axis=2))
+    for logits, anchors in zip(p.cls, p.anchors):
+        maps.append(objectness(logits, softmax_of_two).reshape(anchors.shape[:3]).max(axis=2))
     best = max(scores.max() for scores in maps)
     caption = f"3  Objectness: how sure the RPN is that there is an object at a cell (best {best:.2f})"
     figure, axes = level_panels(p, caption, fade=0.3)
     for level, axis in enumerate(axes):
         axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
-        map_height, map_width = maps[level].shape
-        anchor = p.bases[level][0]
-        left, top = (anchor[:2] + anchor[2:]) / 2 - strides[level] / 2  # a cell lies around the centre of its anchors
-        extent = (left, left + map_width * strides[level], top + map_height * strides[level], top)
+        # A cell lies around the centre of its anchors.
+        first, last = (
+            (anchor[:2] + anchor[2:]) / 2 for anchor in (p.anchors[level][0, 0, 0], p.anchors[level][-1, -1, 0])
+        )
+        cells = np.array(maps[level].shape[::-1])
+        half = np.where(cells > 1, (last - first) / np.maximum(cells - 1, 1), strides[level]) / 2
+        (left, top), (right, bottom) = first - half, last + half
         alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
-        axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
+        axis.imshow(
+            maps[level],
+            cmap=SCORES,
+            vmin=0,
+            vmax=1,
+            alpha=alpha,
+            extent=(left, right, bottom, top),
+            interpolation="nearest",
+        )
         axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
     add_score_bar(figure, list(axes), "objectness")
     logit, function = ("a pair of logits", "softmax") if softmax_of_two else ("a logit", "sigmoid")
@@ -287,7 +305,7 @@ def draw_proposals(p, shown=60):
 def tell_proposals(p, shown):
     """Return the text of picture 4."""
     stage, settings = p.propose, p.settings.proposals
-    decoded = [len(base) * deltas[0].size for base, deltas in zip(p.bases, p.reg)]
+    decoded = [anchors[..., 0].size for anchors in p.anchors]
     if settings.nms_pre > 0:
         decoded = [min(count, settings.nms_pre) for count in decoded]
     dropped, kept = sum(decoded) - len(stage["candidates"]), len(stage["kept"])
@@ -530,7 +548,7 @@ def refined(p, which, label):
     settings = p.settings.head
     deltas = p.model2["reg"][which].reshape(-1, 4)[0 if settings.class_agnostic else label]
     size = p.preprocess["image_size"]
-    return decode_boxes(p.propose["proposals"][which][None], deltas[None], settings.means, settings.stds, size)[0]
+    return decode_boxes(p.propose["proposals"][which][None], deltas[None], settings, size)[0]
 
 
 def draw_class_scores(axis, scores, classes, colour):
@@ -553,18 +571,20 @@ def of_all_classes(p):
 def removers(p):
     """Return the candidates that others removed, for each the kept one that did it, and their IoU; the least first.
 
-    NMS is replayed with the boxes that it kept, the best first; like batched_nms, with the classes moved apart.
+    NMS is replayed with the boxes that it kept, the best first, where batched_nms saw them.
     """
     stage, settings = p.detect, p.settings.head
-    boxes, scores, kept = stage["candidates"], stage["scores"], stage["kept"]
+    boxes, labels = stage["resized" if settings.nms_resized else "candidates"], stage["labels"]
+    scores, kept = stage["scores"], stage["kept"]
     removed = np.setdiff1d(np.arange(len(boxes)), kept)
     if settings.soft_min_score is not None:
         removed = removed[scores[removed] >= settings.soft_min_score]  # the others nobody had to remove
     if len(removed) == 0:
         return removed, removed, np.zeros(0)
-    groups = np.zeros_like(stage["labels"]) if of_all_classes(p) else stage["labels"]
-    moved = boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
+    moved = moved_apart(boxes, labels, settings)
     overlaps = pairwise_iou(moved[removed], moved[kept])
+    if not of_all_classes(p):
+        overlaps[labels[removed][:, None] != labels[kept]] = 0
     if settings.soft_min_score is None:
         gone = overlaps > settings.iou_threshold
     else:

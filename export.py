@@ -2,6 +2,7 @@
 
 python export.py                        Faster R-CNN R50-FPN 1x COCO, downloaded into ckpt/ if it is not there
 python export.py CONFIG CHECKPOINT      your own; CONFIG is a file, or the name of a config that MMDetection ships
+python export.py torchvision:BUILDER [CHECKPOINT]    torchvision's; without CHECKPOINT, with the weights it offers
 
 Every network runs in PyTorch and in ONNX Runtime, and every output is compared (True: they differ by less than 1e-4,
 or by less than 2e-6 of the largest value); then the detections in a picture. The files are moved to --out only when
@@ -219,25 +220,43 @@ def read_arguments(arguments):
         prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("config", nargs="?", metavar="CONFIG", help="a file, or the name of a config in MMDetection")
+    add("config", nargs="?", metavar="CONFIG",
+        help="a file, the name of a config in MMDetection, or torchvision:BUILDER")  # fmt: skip
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="the .pth file with its weights")
+    add("--classes", metavar="FILE", type=Path, help="names of the classes, one a line, instead of the checkpoint's")
+    add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[], type=name_and_value,
+        help="an argument of torchvision's builder, such as min_size=600; may be repeated")  # fmt: skip
     add("--out", metavar="DIR", default=HERE / "ckpt", type=Path, help="folder for the networks (default: ckpt)")
     add("--opset", metavar="N", type=int, default=13, help="of ONNX (default: 13)")
     add("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
         help="the picture on which detections are compared (default: the bundled picture)")  # fmt: skip
     add("--trust-checkpoint", action="store_true",
         help="load a checkpoint that holds more than tensors; it can run any code")  # fmt: skip
-    args = parser.parse_args(arguments)
-    if args.config and not args.checkpoint:
-        parser.error("CONFIG and CHECKPOINT go together")
-    return args
+    return parser.parse_args(arguments)
+
+
+def name_and_value(text):
+    """Return the two parts of NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name.strip(), value.strip()
+
+
+def read_names(path):
+    """Return the names in a file, a name a line; sources.SourceError if it cannot be read."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise sources.SourceError(f"{path} is not a list of names: {one_line(error)}") from error
 
 
 def main(arguments=None):
     """Run the command line; return the exit status."""
     args = read_arguments(arguments)
     try:
-        source = sources.load(args.config, args.checkpoint, args.trust_checkpoint)
+        classes = read_names(args.classes) if args.classes else None
+        source = sources.load(args.config, args.checkpoint, args.trust_checkpoint, classes, args.options)
         return 0 if export(source, args.out, args.opset, args.picture) else 1
     except (sources.SourceError, ModelError, OSError) as error:
         print(f"export.py: {one_line(error)}", file=sys.stderr)
@@ -250,7 +269,8 @@ def main(arguments=None):
 if __name__ == "__main__":
     if MISSING:
         read_arguments(None)
-        hint = ": uv run --extra export export.py installs it" if isinstance(MISSING, ModuleNotFoundError) else ""
+        hint = ": uv run --extra torchvision, or --extra export for MMDetection, installs it"
+        hint = hint if isinstance(MISSING, ModuleNotFoundError) else ""
         print(f"export.py: {MISSING}{hint}", file=sys.stderr)
         sys.exit(2)
     sys.unraisablehook = lambda _: None  # mmcv loses a temporary file when a config fails, and Python complains

@@ -53,6 +53,7 @@ def grid_anchors(base, feature_size, stride, indices=None):
     """Return the anchors of a level: its base anchors [a, 4], moved to every cell of a map of (height, width) cells.
 
     They are ordered by row, column, base anchor: [height * width * a, 4]. `indices` [k] picks some of them: [k, 4].
+    `stride` is one number, or four if it differs along x and y.
     Faster R-CNN, section 3.1.1.
     """
     height, width = feature_size
@@ -63,7 +64,22 @@ def grid_anchors(base, feature_size, stride, indices=None):
     return base[which] + np.stack([x, y, x, y], axis=1).astype(np.float32) * np.float32(stride)
 
 
-def decode_boxes(boxes, deltas, means, stds, image_size=None):
+def level_anchors(level, feature_sizes, settings, indices=None):
+    """Return the anchors of a level, as grid_anchors does, given the (height, width) of every level's map.
+
+    Mostly the stride is the one that the level was designed with. With `strides_of_maps` it is how often the map's
+    side goes into the input's, which is less where a map was rounded up: 61, not 64, for an input of 800 and a map
+    of 13. The finest map, which divides the input exactly, tells the input's size.
+    """
+    base = base_anchors(settings.base_sizes[level], settings.scales, settings.ratios, settings.center_offset)
+    stride, feature_size = settings.strides[level], feature_sizes[level]
+    if settings.strides_of_maps:
+        stride_y, stride_x = np.array(feature_sizes[0]) * settings.strides[0] // feature_size
+        stride = [stride_x, stride_y, stride_x, stride_y]
+    return grid_anchors(base.round() if settings.rounded else base, feature_size, stride, indices)
+
+
+def decode_boxes(boxes, deltas, settings, image_size=None):
     """Return boxes [n, 4], moved and scaled by the deltas [n, 4] that a network predicted for them.
 
     With a box's centre (x_a, y_a) and size (w_a, h_a), and (t_x, t_y, t_w, t_h) = deltas * stds + means:
@@ -71,11 +87,12 @@ def decode_boxes(boxes, deltas, means, stds, image_size=None):
     t_w and t_h are clipped to +-log(1000 / 16), so that exp cannot overflow. `image_size` (height, width) clips the
     result to the picture. Faster R-CNN, section 3.1.2, equation 2; R-CNN, appendix C.
     """
-    deltas = deltas * np.float32(stds) + np.float32(means)
+    deltas = deltas * np.float32(settings.stds) + np.float32(settings.means)
+    smallest = -np.inf if settings.shrinks_freely else -MAX_LOG_SCALE
     centers = (boxes[:, :2] + boxes[:, 2:]) * np.float32(0.5)
     sizes = boxes[:, 2:] - boxes[:, :2]
     centers = centers + sizes * deltas[:, :2]
-    half_sizes = sizes * np.exp(np.clip(deltas[:, 2:], -MAX_LOG_SCALE, MAX_LOG_SCALE)) * np.float32(0.5)
+    half_sizes = sizes * np.exp(np.clip(deltas[:, 2:], smallest, MAX_LOG_SCALE)) * np.float32(0.5)
     decoded = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
     if image_size is not None:
         height, width = image_size
@@ -136,13 +153,22 @@ def soft_nms(boxes, scores, iou_threshold, min_score):
     return np.array(kept, np.int64), np.array(kept_scores, np.float32)
 
 
-def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None, class_agnostic=False):
+def moved_apart(boxes, groups, settings):
+    """Return boxes [n, 4] moved such that those of different groups [n] cannot overlap, if NMS is to see them so."""
+    if settings.nms_class_agnostic or len(boxes) > settings.nms_moved:
+        return boxes
+    place = (groups[:, None] + settings.nms_first_group).astype(np.float32)
+    return boxes + place * (boxes.max() + np.float32(1))
+
+
+def batched_nms(boxes, scores, groups, settings):
     """Return what NMS keeps of boxes [n, 4] when a box can only remove others of its group [n]: a class, or a level.
 
-    Returns indices and scores, best first; of Soft-NMS, if there is a `soft_min_score`. MMDetection moves every group
-    to a place of its own and runs NMS once. We run it group by group, but move the boxes too, because that rounds
-    their coordinates, and with them the IoUs. `class_agnostic` lets the boxes of all groups meet, where they are.
+    Returns indices and scores, best first; of Soft-NMS, if there is a `soft_min_score`. Frameworks move every group
+    to a place of its own and run NMS once. We run it group by group, but move the boxes too, because that rounds
+    their coordinates, and with them the IoUs. `nms_class_agnostic` lets the boxes of all groups meet, where they are.
     """
+    class_agnostic, soft_min_score = settings.nms_class_agnostic, settings.soft_min_score
     if len(boxes) == 0:
         return np.zeros(0, np.int64), scores
     if soft_min_score is not None and len(boxes) < NMS_SPLIT:
@@ -150,16 +176,16 @@ def batched_nms(boxes, scores, groups, iou_threshold, soft_min_score=None, class
         alive = np.flatnonzero((scores >= soft_min_score) | (np.arange(len(scores)) == scores.argmax()))
     else:
         alive = np.arange(len(boxes))
-    moved = boxes if class_agnostic else boxes + groups[:, None].astype(np.float32) * (boxes.max() + np.float32(1))
+    moved = moved_apart(boxes, groups, settings)
     if class_agnostic and len(boxes) < NMS_SPLIT:  # from there on, mmcv separates the groups all the same
         groups = np.zeros_like(groups)
     by_group = alive[np.argsort(groups[alive], kind="stable")]
     scores, kept = scores.copy(), []
     for members in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
         if soft_min_score is None:
-            stays = members[nms(moved[members], scores[members], iou_threshold)]
+            stays = members[nms(moved[members], scores[members], settings.iou_threshold)]
         else:
-            stays, new_scores = soft_nms(moved[members], scores[members], iou_threshold, soft_min_score)
+            stays, new_scores = soft_nms(moved[members], scores[members], settings.iou_threshold, soft_min_score)
             stays = members[stays]
             scores[stays] = new_scores
         kept.append(stays)
@@ -202,28 +228,32 @@ def propose(cls, reg, image_size, settings, record=ignore):
     """Turn the RPN's maps into proposals [r, 4], best first, r <= settings.max_per_img.
 
     cls: the logits of each level, [a, h, w] (or [2 a, h, w], see objectness); reg: its deltas [4 a, h, w].
-    The best anchors of each level are decoded and clipped to image_size (height, width), boxes that are too small are
-    dropped, and NMS decides level by level. Faster R-CNN, sections 3.1 and 3.3; FPN, section 4.1.
+    The best anchors of each level are decoded and clipped to image_size (height, width), boxes that are too small or
+    score too low are dropped, and NMS decides level by level. Faster R-CNN, sections 3.1 and 3.3; FPN, section 4.1.
     """
-    anchors = settings.anchors
+    feature_sizes = [logits.shape[1:] for logits in cls]
     boxes, scores, levels = [], [], []
     for level, (logits, deltas) in enumerate(zip(cls, reg)):
         level_scores = objectness(logits, settings.softmax)
-        best = top_k(level_scores, settings.nms_pre if settings.nms_pre > 0 else len(level_scores))
-        base = base_anchors(anchors.base_sizes[level], anchors.scales, anchors.ratios, anchors.center_offset)
-        level_anchors = grid_anchors(base, logits.shape[1:], anchors.strides[level], best)
+        ranked = logits.transpose(1, 2, 0).ravel() if settings.rank_logits else level_scores
+        best = top_k(ranked, settings.nms_pre if settings.nms_pre > 0 else len(ranked))
+        anchors = level_anchors(level, feature_sizes, settings.anchors, best)
         level_deltas = deltas.transpose(1, 2, 0).reshape(-1, 4)[best]
-        boxes.append(decode_boxes(level_anchors, level_deltas, settings.means, settings.stds, image_size))
+        boxes.append(decode_boxes(anchors, level_deltas, settings, image_size))
         scores.append(level_scores[best])
         levels.append(np.full(len(best), level))
     boxes, scores, levels = np.concatenate(boxes), np.concatenate(scores), np.concatenate(levels)
-    if settings.min_bbox_size >= 0:
-        large = (boxes[:, 2:] - boxes[:, :2] > settings.min_bbox_size).all(axis=1)
-        boxes, scores, levels = boxes[large], scores[large], levels[large]
-    kept, _ = batched_nms(boxes, scores, levels, settings.iou_threshold)
+    good = large_enough(boxes, settings.min_bbox_size) & (scores > settings.score_threshold)
+    boxes, scores, levels = boxes[good], scores[good], levels[good]
+    kept, _ = batched_nms(boxes, scores, levels, settings)
     proposals = boxes[kept[: settings.max_per_img]]
     record("propose", candidates=boxes, scores=scores, levels=levels, kept=kept, proposals=proposals)
     return proposals
+
+
+def large_enough(boxes, min_size):
+    """Return which boxes [n, 4] have both sides above `min_size`; all, if that is below 0."""
+    return (boxes[:, 2:] - boxes[:, :2] > min_size).all(axis=1) | (min_size < 0)
 
 
 def assign_levels(rois, num_levels, finest_scale=56):
@@ -377,11 +407,11 @@ def detect(cls, reg, rois, picture, settings, record=ignore):
     roi, label = np.nonzero(class_scores > settings.score_threshold)
     scores = class_scores[roi, label]
     deltas = reg.reshape(len(reg), reg.shape[1] // 4, 4)[roi, 0 if settings.class_agnostic else label]
-    boxes = decode_boxes(rois[roi], deltas, settings.means, settings.stds, picture.image_size)
-    boxes = boxes / np.float32(picture.scale_factor)
-    kept, new_scores = batched_nms(
-        boxes, scores, label, settings.iou_threshold, settings.soft_min_score, settings.nms_class_agnostic
-    )
-    record("detect", candidates=boxes, scores=scores, labels=label, rois=roi, kept=kept)
+    resized = decode_boxes(rois[roi], deltas, settings, picture.image_size)
+    large = large_enough(resized, settings.min_bbox_size)
+    resized, scores, label, roi = resized[large], scores[large], label[large], roi[large]
+    boxes = resized / np.float32(picture.scale_factor)
+    kept, new_scores = batched_nms(resized if settings.nms_resized else boxes, scores, label, settings)
+    record("detect", candidates=boxes, resized=resized, scores=scores, labels=label, rois=roi, kept=kept)
     kept, new_scores = kept[: settings.max_per_img], new_scores[: settings.max_per_img]
     return Detections(boxes[kept], new_scores, label[kept])

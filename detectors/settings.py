@@ -22,8 +22,8 @@ Counts = Annotated[Tuple[Count, ...], msgspec.Meta(min_length=1)]
 Positives = Annotated[Tuple[Positive, ...], msgspec.Meta(min_length=1)]
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all settings are: typed, immutable, complete."""
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What all settings are: typed and immutable; in the JSON, those that have their usual value are left out."""
 
 
 class Header(msgspec.Struct):
@@ -38,7 +38,8 @@ class Preprocess(Settings, kw_only=True):
 
     scale: Tuple[Count, Count]  # upper limits of its long and of its short side
     keep_ratio: bool = True  # False: resized to exactly this width and height
-    mean: Tuple[Number, Number, Number]  # of each channel: subtracted, then divided by std
+    normalize_first: bool = False  # False: resized as bytes, with rounded sides, then normalised
+    mean: Tuple[Number, Number, Number]  # of each channel, 0 to 255: subtracted, then divided by std
     std: Tuple[Positive, Positive, Positive]
     to_rgb: bool  # the network takes red first; OpenCV reads blue first
     pad_divisor: Count  # height and width are padded with zeros to multiples of it
@@ -52,6 +53,8 @@ class Anchors(Settings, kw_only=True):
     scales: Positives
     ratios: Positives  # height / width
     center_offset: Number  # from a cell's upper left corner to the centre of its anchors, in base sizes
+    rounded: bool = False  # the first cell's anchors have their corners at whole pixels
+    strides_of_maps: bool = False  # cells are as far apart as their map's side divides the input's, see level_anchors
 
     def __post_init__(self):
         """Check what no single field can."""
@@ -59,17 +62,29 @@ class Anchors(Settings, kw_only=True):
             raise ValueError(f"{len(self.strides)} strides, but {len(self.base_sizes)} base sizes")
 
 
-class Proposals(Settings, kw_only=True):
+class Stage(Settings, kw_only=True):
+    """What both stages do with boxes: move them, drop the poor ones, run NMS, keep the best."""
+
+    means: FourNumbers  # a box moves by (deltas * stds + means)
+    stds: FourNumbers
+    shrinks_freely: bool = False  # a box may become as small as its deltas say; False: 16/1000 of it at least
+    min_bbox_size: Number = -1  # boxes with a side that is not longer are dropped; below 0: none are
+    score_threshold: Number = -1  # boxes are dropped unless their score is above it
+    iou_threshold: Number  # of NMS, level by level (proposals) or class by class (detections)
+    nms_class_agnostic: bool = False  # NMS runs over the boxes of all classes together
+    nms_first_group: Points = 0  # what it calls the first level or class, see moved_apart
+    nms_moved: Count = 10**6  # the groups are moved apart if there are no more boxes than this
+    soft_min_score: Optional[Number] = None  # Soft-NMS: below it a box is removed
+    max_per_img: Count  # at most this many boxes are kept, the best
+
+
+class Proposals(Stage, kw_only=True):
     """From the RPN's maps to proposals."""
 
     anchors: Anchors
     softmax: bool = False  # the RPN gives an anchor two logits, object and background, instead of one
-    means: FourNumbers  # an anchor moves by (deltas * stds + means)
-    stds: FourNumbers
     nms_pre: int  # how many anchors of each level are decoded, best first; below 1: all
-    min_bbox_size: Number  # proposals with a side that is not longer are dropped; below 0: none are
-    iou_threshold: Number  # of NMS, level by level
-    max_per_img: Count  # at most this many proposals go on, the best
+    rank_logits: bool = False  # the best by their logits, of which fewer are equal than of the scores
 
 
 class RoIs(Settings, kw_only=True):
@@ -82,20 +97,15 @@ class RoIs(Settings, kw_only=True):
     aligned: bool  # a cell's value stands at its centre (False: at its corner, as before Detectron2)
 
 
-class Head(Settings, kw_only=True):
+class Head(Stage, kw_only=True):
     """From the second network's outputs to detections."""
 
-    means: FourNumbers  # a proposal moves by (deltas * stds + means)
-    stds: FourNumbers
     class_agnostic: bool  # one set of deltas for all classes, instead of one for each
     score_threshold: Number  # a class is dropped unless its score is above it
-    iou_threshold: Number  # of NMS, class by class
-    nms_class_agnostic: bool = False  # NMS runs over the boxes of all classes together
-    soft_min_score: Optional[Number] = None  # Soft-NMS: below it a box is removed
-    max_per_img: Count  # at most this many detections are returned, the best
+    nms_resized: bool = False  # NMS sees boxes in pixels of the resized picture; False: of the picture as it came in
 
 
-class Export(Settings, kw_only=True):
+class Export(Settings, kw_only=True, omit_defaults=False):
     """What the files of every export say, whatever the family."""
 
     format: Literal[2] = FORMAT
@@ -103,7 +113,7 @@ class Export(Settings, kw_only=True):
     pair: Text = ""  # an id that the files of one export share
     networks: Tuple[Text, ...] = ()  # the names of these files
     source: Dict[str, Any] = {}  # where the weights come from; for people
-    classes: Annotated[Tuple[Text, ...], msgspec.Meta(min_length=1)]
+    classes: Annotated[Tuple[Text, ...], msgspec.Meta(min_length=1)]  # a name may be empty: no such class was trained
     preprocess: Preprocess
 
 

@@ -1,5 +1,6 @@
 """Where weights come from: each framework has one file, which turns a detector trained with it into a Source."""
 
+import importlib
 from typing import Any, Callable, Dict, NamedTuple
 
 
@@ -24,14 +25,22 @@ class Source(NamedTuple):
     detect: Callable  # (picture's path, score threshold or None for the detector's own) -> the framework's Detections
 
 
-def load(config=None, checkpoint=None, trust=False):
+TORCHVISION = "torchvision:"  # before the name of a builder
+
+
+def load(config=None, checkpoint=None, trust=False, classes=None, options=()):
     """Return the Source of a detector; SourceError if it cannot be exported.
 
-    config: a file, or a name that the framework knows; without config and checkpoint, Faster R-CNN R50-FPN 1x COCO.
-    trust: the checkpoint may hold more than tensors and plain values, and run code when it is loaded.
+    config: a file or a name that MMDetection knows, or torchvision:BUILDER; without it, MMDetection's Faster R-CNN
+    R50-FPN 1x COCO. trust: the checkpoint may hold more than tensors and plain values, and run code when it is loaded.
+    classes: their names, instead of the checkpoint's. options: (name, value as text), what the framework lets one set.
     """
+    if config and config.startswith(TORCHVISION):
+        name, extra, config = "torchvision", "torchvision", config[len(TORCHVISION) :]
+    else:
+        name, extra = "mmdetection", "export"
     try:
-        from sources import mmdetection
+        framework = importlib.import_module(f"sources.{name}")
     except ImportError as error:
-        raise SourceError(f"{error}: MMDetection is needed: uv run --extra export export.py") from error
-    return mmdetection.load(config, checkpoint, trust)
+        raise SourceError(f"{error}: {name} is needed: uv run --extra {extra} export.py") from error
+    return framework.load(config, checkpoint, trust, classes, options)

@@ -55,10 +55,16 @@ def load_checkpoint(path, trust):
         ) from error
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise SourceError(f"{path} is not a checkpoint of PyTorch: {one_line(error)}") from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in weights_in(checkpoint)):
         raise SourceError(f"{path} holds no state dict")
     return checkpoint
+
+
+def weights_in(checkpoint):
+    """Return the state dict in a checkpoint, {name: tensor}: it is one, or training put one into it."""
+    for key in ("state_dict", "model"):  # MMDetection's training; torchvision's
+        checkpoint = checkpoint[key] if isinstance(checkpoint.get(key), dict) else checkpoint
+    return {name[7:] if str(name).startswith("module.") else name: value for name, value in checkpoint.items()}
 
 
 def is_plain(value):
@@ -68,10 +74,8 @@ def is_plain(value):
     return not (value.is_quantized or value.is_complex() or value.is_meta)
 
 
-def load_weights(model, checkpoint, path):
-    """Load a checkpoint's weights into a model; refuse them if any is missing, left over or of another shape."""
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {name[7:] if name.startswith("module.") else name: value for name, value in state.items()}
+def load_weights(model, state, path):
+    """Load the state dict of a checkpoint into a model; refuse it if any is missing, left over or of another shape."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name != "meta"}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}  # unused, and absent in old files
@@ -89,5 +93,5 @@ def load_weights(model, checkpoint, path):
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise SourceError(f"{path} does not fit the config: {'; '.join(problems[:3])}{more}")
+        raise SourceError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
     model.load_state_dict({name: state[name] for name in found}, strict=False)

@@ -33,7 +33,7 @@ from detectors.settings import (
 )
 from postprocess import NMS_SPLIT
 from sources import Network, Source, SourceError
-from sources.checkpoints import fetch, load_checkpoint, load_weights
+from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
 from sources.layers import GroupNorm, replace_layers
 
 DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
@@ -42,13 +42,20 @@ CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 
 
-def load(config, checkpoint, trust=False):
-    """Return the Source of a config's detector with a checkpoint's weights; without both, of the default."""
+def load(config, checkpoint, trust=False, names=None, options=()):
+    """Return the Source of a config's detector with a checkpoint's weights; without both, of the default.
+
+    names: of the classes, instead of the checkpoint's. There are no options: the config says everything.
+    """
+    if options:
+        raise SourceError(f"--set {options[0][0]}: for torchvision only; MMDetection's settings are in the config")
+    if config and checkpoint is None:
+        raise SourceError(f"{config}: its checkpoint is missing: CONFIG and CHECKPOINT go together")
     path = find_config(config or DEFAULT_CONFIG)
     if checkpoint is None:
         checkpoint = CKPT / DEFAULT_CHECKPOINT
         fetch(CHECKPOINT_URL, checkpoint)
-    return as_source(load_detector(path, checkpoint, trust), path, checkpoint)
+    return as_source(load_detector(path, checkpoint, trust, names), path, checkpoint)
 
 
 def as_source(detector, config, checkpoint):
@@ -140,10 +147,10 @@ def find_config(name):
     return found[0]
 
 
-def class_names(cfg, checkpoint, num_classes):
-    """Return the names of the classes, from the checkpoint or else from the config's dataset."""
+def class_names(cfg, checkpoint, num_classes, names=None):
+    """Return the names of the classes: those given, or the checkpoint's, or else those of the config's dataset."""
     meta = checkpoint.get("meta")
-    names = meta.get("CLASSES") if isinstance(meta, dict) else None
+    names = names or (meta.get("CLASSES") if isinstance(meta, dict) else None)
     if not names:
         names = cfg.data.test.get("classes")
         if isinstance(names, str):  # a file with a name a line; only a config, which is trusted, may name one
@@ -151,11 +158,12 @@ def class_names(cfg, checkpoint, num_classes):
     names = [names] if isinstance(names, str) else names
     names = list(names or getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or [])
     if len(names) != num_classes:
-        raise SourceError(f"the model has {num_classes} classes, but {len(names)} names: set data.test.classes")
+        raise SourceError(f"the model has {num_classes} classes, but {len(names)} names: set data.test.classes, "
+                          "or give them with --classes FILE, a name a line")  # fmt: skip
     return names
 
 
-def load_detector(config, checkpoint_path, trust=False):
+def load_detector(config, checkpoint_path, trust=False, names=None):
     """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
     try:
         cfg = mmcv.Config.fromfile(str(config))
@@ -177,8 +185,8 @@ def load_detector(config, checkpoint_path, trust=False):
         check_supported(detector)
         describe_preprocessing(cfg)  # refuses what does not fit before the work begins
         checkpoint = load_checkpoint(checkpoint_path, trust)
-        load_weights(detector, checkpoint, checkpoint_path)
-        detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes)
+        load_weights(detector, weights_in(checkpoint), checkpoint_path)
+        detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes, names)
         detector.cfg = cfg
         describe(detector, {})
     except (AttributeError, KeyError, TypeError) as error:

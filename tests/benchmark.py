@@ -6,6 +6,7 @@ median as a part of the best peer's. --json FILE writes the same as data; --plot
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -248,11 +249,11 @@ def photograph():
     return cv2.resize(skimage.data.coffee()[..., ::-1], IMAGE_SIZE[::-1])
 
 
-def ours_whole(folder):
+def ours_whole(folder, pair="pair"):
     """Return our detector as a function of an image."""
     from detectors import load
 
-    return load(folder / "pair")
+    return load(folder / pair)
 
 
 def mmdetection_whole(folder):
@@ -276,6 +277,24 @@ def torchvision_onnx_whole(folder):
     return run
 
 
+def torchvision_whole(folder, builder):
+    """Return torchvision's own model as a function of an image that returns the scores."""
+    import torch
+
+    from sources import torchvision
+
+    checkpoint = folder / f"{builder}.pth"
+    model = torchvision.build_model(builder, {}, torchvision.load_checkpoint(checkpoint, False), checkpoint)
+
+    def run(image):
+        with torch.inference_mode():
+            picture = torch.from_numpy(np.ascontiguousarray(image[..., ::-1])).permute(2, 0, 1).float() / 255
+            return model([picture])[0]["scores"].numpy()
+
+    return run
+
+
+BUILDERS = ("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn")
 WHOLE = {
     "ours": ours_whole,
     "MMDetection inference_detector": mmdetection_whole,
@@ -284,46 +303,35 @@ WHOLE = {
 
 
 def prepare_whole(folder):
-    """Write the three detectors to a folder: one checkpoint, our export of it, torchvision's export."""
+    """Write the detectors to a folder: their checkpoints, our exports of them, torchvision's export."""
     import mmcv
-    import seeded
+    import seeded_mmdetection
+    import seeded_torchvision
     import torch
-    import torchvision
 
     import export
-    from sources import mmdetection
+    from sources import mmdetection, torchvision
 
     config = mmdetection.find_config(mmdetection.DEFAULT_CONFIG)
     cfg = mmcv.Config.fromfile(str(config))
-    checkpoint = seeded.write_checkpoint(cfg, folder / "seeded.pth", photograph())
+    checkpoint = seeded_mmdetection.write_checkpoint(cfg, folder / "seeded.pth", photograph())
     (folder / "pair").mkdir()
     export.write_networks(mmdetection.load(config, checkpoint), folder / "pair", opset=13)
-    torch.manual_seed(0)
-    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
-    with torch.no_grad():
-        picture = torch.from_numpy(np.ascontiguousarray(photograph()[..., ::-1].transpose(2, 0, 1), np.float32) / 255)
-        images = model.transform([picture])[0]
-        features = model.backbone(images.tensors)
-        rpn, heads = model.rpn.head, model.roi_heads
-
-        def pool():
-            return heads.box_roi_pool(features, model.rpn(images, features)[0], images.image_sizes)
-
-        seeded.make_heads_discriminate(
-            list(features.values()), rpn, (rpn.cls_logits, rpn.bbox_pred),
-            pool, lambda rois: heads.box_predictor(heads.box_head(rois)),
-            (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred),
-        )  # fmt: skip
+    model = seeded_torchvision.seeded_model(BUILDERS[0], photograph())
     torch.onnx.export(
         model, ([torch.rand(3, *IMAGE_SIZE)],), str(folder / "torchvision.onnx"), opset_version=17, dynamo=False,
         input_names=["image"], dynamic_axes={"image": {1: "H", 2: "W"}},
     )  # fmt: skip
+    for builder in BUILDERS:
+        checkpoint = seeded_torchvision.write_checkpoint(builder, folder / f"{builder}.pth", photograph())
+        (folder / builder).mkdir()
+        export.write_networks(torchvision.load(builder, checkpoint), folder / builder, opset=13)
 
 
-def serve(name, folder, connection):
-    """Detect each time the connection says so and answer with the seconds; at the end, with the peak MiB."""
+def serve(load, folder, connection):
+    """Load a detector. Detect each time the connection says so and answer with the seconds; at the end, with the peak MiB."""
     image = np.load(folder / "image.npy")
-    run = WHOLE[name](folder)
+    run = load(folder)
     while connection.recv():
         start = time.perf_counter()
         run(image)
@@ -358,31 +366,21 @@ def race_operators(results):
     report("Head's end: 1000 RoIs, 80 classes to 100 detections", race(contestants), results)
 
 
-def race_whole(folder, results):
-    """Race the three detectors, each in a process of its own; measure their memory, and our stages."""
-    from demo import Stopwatch
-
-    image = photograph()
-    np.save(folder / "image.npy", image)
-    detector = ours_whole(folder)
-    ours, reference = detector(image), mmdetection_whole(folder)(image)
-    np.testing.assert_allclose(np.sort(ours.scores), np.sort(reference), atol=1e-4)
-
+def race_processes(title, loaders, folder, results):
+    """Race detectors, each in a process of its own; return the peak MiB of each."""
     context, connections = multiprocessing.get_context("spawn"), {}  # a process each: no allocator, no threads shared
-    for name in WHOLE:
+    for name, load in loaders.items():
         connections[name], other_end = context.Pipe()
-        context.Process(target=serve, args=(name, folder, other_end), daemon=True).start()
+        context.Process(target=serve, args=(load, folder, other_end), daemon=True).start()
     turns = [{name: ask(connection, True) for name, connection in connections.items()} for _ in range(ROUNDS + 1)]
-    seconds = {name: [turn[name] for turn in turns[1:]] for name in WHOLE}  # the first one warmed up
-    report("The whole detector: R50-FPN, 800 x 1216", seconds, results)
-    memory = {name: ask(connection, False) for name, connection in connections.items()}
-    print("\nIts peak memory")
-    for name, peak in memory.items():
-        print(
-            f"  {name:34} {peak:9.0f} MiB"
-            + ("" if name == "ours" else f"   ours takes {memory['ours'] / peak:.2f} of it")
-        )
-    results["peak memory MiB"] = memory
+    seconds = {name: [turn[name] for turn in turns[1:]] for name in loaders}  # the first one warmed up
+    report(title, seconds, results)
+    return {name: ask(connection, False) for name, connection in connections.items()}
+
+
+def print_stages(detector, image, results, title):
+    """Print how long each of our stages takes."""
+    from demo import Stopwatch
 
     detector(image)
     watch = Stopwatch()
@@ -391,8 +389,38 @@ def race_whole(folder, results):
         detector(image, watch.record)
     outside = sum(ms for stage, ms in watch.milliseconds.items() if not stage.startswith("model"))
     part = outside / sum(watch.milliseconds.values())
-    print(f"\nOur stages: {watch.summary(ROUNDS)}; outside the two networks {part:.1%}")
-    results["outside the two networks"] = part
+    print(f"\n{title}: {watch.summary(ROUNDS)}; outside the two networks {part:.1%}")
+    results[f"{title}: outside the two networks"] = part
+
+
+def race_torchvision(folder, results):
+    """Race our exports of torchvision's models against the models."""
+    image = np.load(folder / "image.npy")
+    for builder in BUILDERS:
+        ours = functools.partial(ours_whole, pair=builder)
+        theirs = functools.partial(torchvision_whole, builder=builder)
+        scores = ours(folder)(image).scores, theirs(folder)(image)
+        np.testing.assert_allclose(*map(np.sort, scores), atol=1e-4)
+        race_processes(f"torchvision's {builder}", {"ours": ours, "torchvision in PyTorch": theirs}, folder, results)
+        print_stages(ours(folder), image, results, f"Our stages of {builder}")
+
+
+def race_whole(folder, results):
+    """Race the three detectors; measure their memory, and our stages."""
+    image = photograph()
+    np.save(folder / "image.npy", image)
+    detector = ours_whole(folder)
+    ours, reference = detector(image), mmdetection_whole(folder)(image)
+    np.testing.assert_allclose(np.sort(ours.scores), np.sort(reference), atol=1e-4)
+    memory = race_processes("The whole detector: R50-FPN, 800 x 1216", WHOLE, folder, results)
+    print("\nIts peak memory")
+    for name, peak in memory.items():
+        print(
+            f"  {name:34} {peak:9.0f} MiB"
+            + ("" if name == "ours" else f"   ours takes {memory['ours'] / peak:.2f} of it")
+        )
+    results["peak memory MiB"] = memory
+    print_stages(detector, image, results, "Our stages")
     return detector
 
 
@@ -460,7 +488,9 @@ def main():
     race_operators(results)
     with tempfile.TemporaryDirectory() as folder:
         prepare_whole(Path(folder))
-        growth(race_whole(Path(folder), results), results)
+        detector = race_whole(Path(folder), results)
+        race_torchvision(Path(folder), results)
+        growth(detector, results)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
     if args.plot:

@@ -66,7 +66,7 @@ def call_program(main, *arguments, encoding="utf-8"):
 @pytest.fixture(scope="session")
 def photographs():
     """Return four photographs of different shapes, BGR: upright, lying, square and small."""
-    data = pytest.importorskip("skimage.data", reason="needs scikit-image: uv run --extra export pytest")
+    data = pytest.importorskip("skimage.data", reason="needs scikit-image: uv run --extra test pytest")
     pictures = {
         "astronaut": data.astronaut(),
         "coffee": data.coffee(),
@@ -115,10 +115,12 @@ def coco_config(mmdetection):
 def coco_checkpoint(tmp_path_factory, coco_config, photographs):
     """Return the path of a checkpoint of Faster R-CNN R50-FPN with seeded weights."""
     import mmcv
-    import seeded
+    import seeded_mmdetection
 
     cfg = mmcv.Config.fromfile(str(coco_config))
-    return seeded.write_checkpoint(cfg, tmp_path_factory.mktemp("coco") / "seeded.pth", photographs["astronaut"])
+    return seeded_mmdetection.write_checkpoint(
+        cfg, tmp_path_factory.mktemp("coco") / "seeded.pth", photographs["astronaut"]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -344,7 +344,7 @@ def test_photographs(tmp_path, coco_pair, photographs, name):
 @pytest.mark.slow
 def test_a_detector_with_one_level(tmp_path, mmdetection, photographs):
     import mmcv
-    import seeded
+    import seeded_mmdetection
     from test_zoo import THIN, write_config
 
     import export
@@ -361,7 +361,7 @@ def test_a_detector_with_one_level(tmp_path, mmdetection, photographs):
     }  # fmt: skip
     config, checkpoint = tmp_path / "config.py", tmp_path / "seeded.pth"
     write_config(mmdetection.DEFAULT_CONFIG, changes, config)
-    seeded.write_checkpoint(mmcv.Config.fromfile(str(config)), checkpoint, photographs["coffee"])
+    seeded_mmdetection.write_checkpoint(mmcv.Config.fromfile(str(config)), checkpoint, photographs["coffee"])
     source = mmdetection.as_source(mmdetection.load_detector(config, checkpoint), config, checkpoint)
     export.write_networks(source, tmp_path, opset=13)
     cv2.imwrite(str(tmp_path / "picture.png"), photographs["coffee"])

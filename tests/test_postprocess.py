@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from boxes import ANCHORS, EDGE_CASES, HEAD, HEAD_STDS, PROPOSALS, ROIS, SEEDS, distinct_scores, random_boxes, rpn_maps
+from boxes import ANCHORS, EDGE_CASES, HEAD, PROPOSALS, ROIS, SEEDS, distinct_scores, random_boxes, rpn_maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -103,7 +103,7 @@ def test_decode_equals_scalar_loops(spread, image_size):
     rng = np.random.default_rng(0)
     boxes, deltas = random_boxes(rng, 100), rng.normal(0, spread, (100, 4)).astype(np.float32)
     means, stds = rng.normal(0, 0.1, 4).tolist(), rng.uniform(0.05, 1, 4).tolist()
-    found = decode_boxes(boxes, deltas, means, stds, image_size)
+    found = decode_boxes(boxes, deltas, replace(HEAD, means=means, stds=stds), image_size)
     expected = [decode_by_scalars(*pair, means, stds, image_size) for pair in zip(boxes, deltas)]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-3)
@@ -112,10 +112,8 @@ def test_decode_equals_scalar_loops(spread, image_size):
 def test_decode_by_the_formula():
     box, deltas = np.float32([[10, 20, 50, 100]]), np.float32([[0.5, -0.25, math.log(2), math.log(0.5)]])
     x, y = 30 + 40 * 0.5, 60 + 80 * -0.25
-    np.testing.assert_allclose(
-        decode_boxes(box, deltas, [0] * 4, [1] * 4), [[x - 40, y - 20, x + 40, y + 20]], rtol=1e-6
-    )
-    widest = decode_boxes(box, np.float32([[0, 0, 99, -99]]), [0] * 4, [1] * 4)[0]
+    np.testing.assert_allclose(decode_boxes(box, deltas, PROPOSALS), [[x - 40, y - 20, x + 40, y + 20]], rtol=1e-6)
+    widest = decode_boxes(box, np.float32([[0, 0, 99, -99]]), PROPOSALS)[0]
     assert widest[2] - widest[0] == pytest.approx(40 * 1000 / 16)
     assert widest[3] - widest[1] == pytest.approx(80 * 16 / 1000, rel=1e-4)
 
@@ -236,29 +234,30 @@ def test_soft_nms_lowers_from_the_threshold_on():
 def test_equal_scores_of_several_groups_keep_their_order():
     boxes = np.float32([[i * 20, 0, i * 20 + 10, 10] for i in range(50)])
     scores, groups = np.full(50, 0.5, np.float32), np.arange(50)[::-1] % 7
-    assert batched_nms(boxes, scores, groups, 0.5)[0].tolist() == list(range(50))
+    assert batched_nms(boxes, scores, groups, HEAD)[0].tolist() == list(range(50))
 
 
 def test_nms_of_nothing():
     nothing = np.zeros((0, 4), np.float32)
     assert nms(nothing, nothing[:, 0], 0.5).tolist() == []
     assert soft_nms(nothing, nothing[:, 0], 0.5, 0.001)[0].tolist() == []
-    assert batched_nms(nothing, nothing[:, 0], np.zeros(0, np.int64), 0.5)[0].tolist() == []
+    assert batched_nms(nothing, nothing[:, 0], np.zeros(0, np.int64), HEAD)[0].tolist() == []
 
 
 def test_soft_nms_of_groups_drops_all_below_the_minimum_but_the_best():
     boxes = np.float32([[100 * i, 0, 100 * i + 50, 50] for i in range(4)])
-    groups, minimum = np.int64([0, 0, 1, 2]), 0.1
+    groups, settings = np.int64([0, 0, 1, 2]), replace(HEAD, soft_min_score=0.1)
     for scores, expected in (([0.5, 0.05, 0.09, 0.2], [0, 3]), ([0.01, 0.02, 0.03, 0.005], [2])):
-        assert batched_nms(boxes, np.float32(scores), groups, 0.5, minimum)[0].tolist() == expected
+        assert batched_nms(boxes, np.float32(scores), groups, settings)[0].tolist() == expected
 
 
 def test_soft_nms_of_very_many_boxes_keeps_the_best_of_each_group():
     """From the split on mmcv runs once for each group, and every run keeps its best box."""
     scores = np.linspace(0.01, 0.02, NMS_SPLIT, dtype=np.float32)
     boxes, groups = np.tile(np.float32([0, 0, 9, 9]), (NMS_SPLIT, 1)), np.arange(NMS_SPLIT) % 3
-    assert batched_nms(boxes, scores, groups, 0.5, 0.1)[0].tolist() == [NMS_SPLIT - 1, NMS_SPLIT - 2, NMS_SPLIT - 3]
-    assert batched_nms(boxes[1:], scores[1:], groups[1:], 0.5, 0.1)[0].tolist() == [NMS_SPLIT - 2]
+    settings = replace(HEAD, soft_min_score=0.1)
+    assert batched_nms(boxes, scores, groups, settings)[0].tolist() == [NMS_SPLIT - 1, NMS_SPLIT - 2, NMS_SPLIT - 3]
+    assert batched_nms(boxes[1:], scores[1:], groups[1:], settings)[0].tolist() == [NMS_SPLIT - 2]
 
 
 # ------------------------------------------------------------------ levels
@@ -409,7 +408,7 @@ def test_detections_equal_the_onnx_operator(score_threshold):
     rois, scale_factor = random_boxes(rng, 300, clusters=20), np.float32([1.37, 1.41, 1.37, 1.41])
     cls = rng.normal(0, 3, (300, 13)).astype(np.float32)
     reg = rng.normal(0, 0.5, (300, 4)).astype(np.float32)
-    boxes = decode_boxes(rois, reg, [0] * 4, HEAD_STDS, (480, 640)) / scale_factor
+    boxes = decode_boxes(rois, reg, HEAD, (480, 640)) / scale_factor
     scores = softmax(cls)[:, :12]
     inputs = [boxes[None], scores.T[None], np.int64([300]), np.float32([0.5]), np.float32([score_threshold])]
     _, label, box = run_operator("NonMaxSuppression", 11, inputs).T

@@ -73,7 +73,7 @@ def test_decode_equals_mmdetection(seed, count, spread, clipped):
     image_size = (480, 640) if clipped else None
     coder = DeltaXYWHBBoxCoder(means, stds)
     expected = coder.decode(torch.from_numpy(boxes), torch.from_numpy(deltas), max_shape=image_size).numpy()
-    found = decode_boxes(boxes, deltas, means, stds, image_size)
+    found = decode_boxes(boxes, deltas, replace(HEAD, means=means, stds=stds), image_size)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-3)
 
@@ -110,7 +110,7 @@ def test_batched_nms_equals_mmcv_index_for_index(count):
             torch.from_numpy(groups),
             {"type": "nms", "iou_threshold": 0.5},
         )
-        found, found_scores = batched_nms(boxes, scores, groups, 0.5)
+        found, found_scores = batched_nms(boxes, scores, groups, HEAD)
         np.testing.assert_array_equal(found, expected.numpy())
         np.testing.assert_array_equal(found_scores, scores[expected.numpy()])
 
@@ -130,7 +130,8 @@ def test_soft_nms_equals_mmcv(count, iou_threshold, min_score):
         groups = rng.integers(0, 5, count)
         cfg = {"type": "soft_nms", "iou_threshold": iou_threshold, "min_score": min_score}
         dets, _ = mmcv.ops.batched_nms(*tensors, torch.from_numpy(groups), cfg)
-        found, new_scores = batched_nms(boxes, scores, groups, iou_threshold, min_score)
+        settings = replace(HEAD, iou_threshold=iou_threshold, soft_min_score=min_score)
+        found, new_scores = batched_nms(boxes, scores, groups, settings)
         np.testing.assert_allclose(new_scores, dets[:, 4].numpy(), rtol=1e-5)
         np.testing.assert_array_equal(boxes[found], dets[:, :4].numpy())
 
@@ -335,7 +336,7 @@ def test_all_detections_are_bit_equal_to_mmdetection(nms_type, class_agnostic, s
     assert softmax(cls)[:, 3].max() < 1e-3
     candidates = (softmax(cls)[:, :-1] > score_threshold).sum()
     assert (candidates >= NMS_SPLIT) == (rois == 1000)
-    boxes = decode_boxes(np.repeat(proposals, 12, axis=0), reg.reshape(-1, 4), HEAD.means, HEAD.stds, (480, 640))
+    boxes = decode_boxes(np.repeat(proposals, 12, axis=0), reg.reshape(-1, 4), HEAD, (480, 640))
     boxes = torch.from_numpy((boxes / picture.scale_factor).reshape(rois, 48))
     nms_cfg = {"type": nms_type, "iou_threshold": 0.5, "class_agnostic": class_agnostic}
     expected, labels = multiclass_nms(boxes, torch.from_numpy(softmax(cls)), score_threshold, nms_cfg, 10**6)

@@ -117,7 +117,7 @@ def test_groups_do_not_meet(crowd, groups, threshold):
     members = [np.flatnonzero(labels == group) for group in range(groups)]
     expected = np.concatenate([here[nms(boxes[here], scores[here], threshold)] for here in members])
     expected = expected[np.argsort(-scores[expected])]
-    kept, kept_scores = batched_nms(boxes, scores, labels, threshold)
+    kept, kept_scores = batched_nms(boxes, scores, labels, replace(HEAD, iou_threshold=threshold))
     np.testing.assert_array_equal(kept, expected)
     np.testing.assert_array_equal(kept_scores, scores[kept])
     if groups == 1:
@@ -144,7 +144,7 @@ def test_top_k_is_a_stable_sort(scores, k):
 @given(boxes_and_scores(most=20), st.data())
 def test_decoding_anything_gives_boxes_in_the_picture(pair, data):
     deltas = data.draw(arrays(np.float32, pair[0].shape, elements=DELTAS))
-    boxes = decode_boxes(pair[0], deltas, NO_MEANS, HEAD_STDS, (300, 400))
+    boxes = decode_boxes(pair[0], deltas, HEAD, (300, 400))
     assert boxes.dtype == np.float32
     assert boxes.shape == deltas.shape
     assert np.isfinite(boxes).all()
@@ -176,7 +176,7 @@ def test_decoding_undoes_encoding(boxes, data):
     corners = boxes[:, :2] + moves[:, :2] * sizes
     targets = np.concatenate([corners, corners + sizes * np.exp(moves[:, 2:])], axis=1)
     deltas = (encode(boxes, targets) - NO_MEANS) / HEAD_STDS
-    decoded = decode_boxes(boxes, deltas.astype(np.float32), NO_MEANS, HEAD_STDS)
+    decoded = decode_boxes(boxes, deltas.astype(np.float32), HEAD)
     np.testing.assert_allclose(decoded, targets, atol=0.02)
 
 

@@ -49,13 +49,18 @@ def test_the_tests_without_a_framework_need_what_all_tests_need_and_no_framework
     assert light & {"mmcv-full", "mmdet", "setuptools", "torch", "torchvision"} == set()
 
 
+def test_exporting_torchvision_s_detectors_needs_no_compiler_and_no_mmdetection():
+    assert requirements_of("torchvision") <= requirements_of("export")
+    assert requirements_of("torchvision") & {"mmcv-full", "mmdet", "setuptools"} == set()
+
+
 def test_requirement_txt_is_what_is_installed():
     site = sysconfig.get_path("purelib")
     installed = {normalise(d.metadata["Name"]): d.version for d in importlib.metadata.distributions(path=[site])}
     pins = pinned()
     for installer in ("pip", "wheel"):  # there where pip made the environment, needed by nothing
         installed.pop(installer, None)
-    if "torch" not in installed:  # not all extras are installed
+    if "mmdet" not in installed:  # not all extras are installed
         installed.pop("setuptools", None)  # comes with pip in some environments, and only mmcv needs a certain one
     assert {name: version for name, version in installed.items() if pins.get(name) != version} == {}
     assert requirements_of("test") <= set(installed)

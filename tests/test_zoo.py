@@ -18,7 +18,7 @@ from detectors import load
 mmdet = pytest.importorskip("mmdet", reason=MMDETECTION)
 
 import mmcv  # noqa: E402
-import seeded  # noqa: E402
+import seeded_mmdetection  # noqa: E402
 from test_equal import assert_equal_detections  # noqa: E402
 
 import export  # noqa: E402
@@ -211,7 +211,7 @@ def export_and_compare(config, folder, image, capsys, normalised=True):
     """
     start = time.perf_counter()
     cfg = mmcv.Config.fromfile(str(config))
-    seeded.write_checkpoint(cfg, folder / "seeded.pth", image, normalised)
+    seeded_mmdetection.write_checkpoint(cfg, folder / "seeded.pth", image, normalised)
     cv2.imwrite(str(folder / "picture.png"), image)
     source = mmdetection.load(config, folder / "seeded.pth")
     export.write_networks(source, folder, opset=13)
@@ -315,7 +315,7 @@ def test_what_cannot_be_exported(tmp_path, photographs, capsys, name):
     changes, word = UNEXPORTABLE[name]
     write_config(name.split("/")[1].split()[0], changes, tmp_path / "config.py")
     cfg = mmcv.Config.fromfile(str(tmp_path / "config.py"))
-    seeded.write_checkpoint(cfg, tmp_path / "seeded.pth", photographs["coffee"])
+    seeded_mmdetection.write_checkpoint(cfg, tmp_path / "seeded.pth", photographs["coffee"])
     line = refusal(capsys, tmp_path, tmp_path / "config.py", tmp_path / "seeded.pth")
     TABLES[RELATED].append([name, f"refused: {word}"])
     assert word in line

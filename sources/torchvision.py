@@ -1,0 +1,341 @@
+"""torchvision: its Faster R-CNNs as the two networks and the settings of an export.
+
+They differ from MMDetection's in settings, and in the place of the background, which is class 0 of torchvision. The
+exported head has it last; so a label is a position in the list of classes, and torchvision's own label is one more.
+"""
+
+import ast
+import copy
+import hashlib
+from pathlib import Path
+from typing import Tuple
+
+import cv2
+import msgspec
+import numpy as np
+import torch
+import torchvision
+from torchvision.models import get_model_builder, get_model_weights
+from torchvision.ops import FrozenBatchNorm2d
+from typing_extensions import Annotated
+
+from detectors import Detections, one_line
+from detectors.settings import (
+    Anchors,
+    Count,
+    FasterRCNNSettings,
+    FourNumbers,
+    Head,
+    Number,
+    Positive,
+    Preprocess,
+    Proposals,
+    RoIs,
+    SettingsError,
+    read,
+    write,
+)
+from sources import Network, Source, SourceError
+from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
+
+CKPT = Path(__file__).resolve().parents[1] / "ckpt"
+FROZEN_EPS = {  # of the frozen batch normalisation in what each builder's own weights, or others from them, trained
+    "fasterrcnn_resnet50_fpn": 0.0,
+    "fasterrcnn_resnet50_fpn_v2": 1e-5,
+    "fasterrcnn_mobilenet_v3_large_fpn": 1e-5,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 1e-5,
+}
+OPTIONS = {  # the builders' arguments that change what is detected
+    "min_size": Count,
+    "max_size": Count,
+    "fixed_size": Tuple[Count, Count],
+    "size_divisible": Count,
+    "image_mean": Tuple[Number, Number, Number],
+    "image_std": Tuple[Positive, Positive, Positive],
+    "rpn_pre_nms_top_n_test": Count,
+    "rpn_post_nms_top_n_test": Count,
+    "rpn_nms_thresh": Number,
+    "rpn_score_thresh": Number,
+    "box_score_thresh": Number,
+    "box_nms_thresh": Number,
+    "box_detections_per_img": Count,
+    "bbox_reg_weights": FourNumbers,
+    "frozen_eps": Annotated[float, msgspec.Meta(ge=0, le=1)],  # no argument of theirs, see build_model
+}
+MOVED_BY_NMS = 1000  # torchvision.ops.batched_nms moves the classes apart for no more boxes than this, on a CPU
+SMALLEST_BOX = 1e-2  # side of a detection in the resized picture, a constant inside RoIHeads
+
+
+def load(builder, checkpoint, trust=False, names=None, options=()):
+    """Return the Source of a builder's model with a checkpoint's weights; without one, with torchvision's own.
+
+    options: (name, value as text) of the builder's arguments, see OPTIONS; names: of the classes, without background.
+    """
+    if builder not in FROZEN_EPS:
+        raise SourceError(f"torchvision:{builder} cannot be exported; supported: {', '.join(FROZEN_EPS)}")
+    arguments = dict(read_option(*option) for option in options)
+    weights = get_model_weights(builder).DEFAULT
+    if checkpoint is None:
+        checkpoint = CKPT / Path(weights.url).name
+        fetch(weights.url, checkpoint)
+    content = load_checkpoint(checkpoint, trust)
+    model = build_model(builder, arguments, content, checkpoint)
+    origin = {
+        "builder": builder,
+        "set": dict(options),
+        "checkpoint": Path(checkpoint).name,
+        "sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        "versions": {module.__name__: str(module.__version__) for module in (torchvision, torch)},
+    }
+    return as_source(model, class_names(names, content, weights, model), origin)
+
+
+def as_source(model, classes, origin):
+    """Return the Source of a model that build_model returned."""
+
+    def detect(picture, score_threshold=None):
+        return reference(model, picture, score_threshold)
+
+    pair = networks(model)
+    strides = strides_of(model, pair["model1.onnx"].example)
+    try:
+        return Source(pair, describe(model, strides, classes, origin), detect)
+    except SettingsError as error:
+        raise SourceError(f"this model cannot be exported: {error}") from error
+
+
+# ---------------------------------------------------------------------- checkpoint, classes, model
+
+
+def read_option(name, text):
+    """Return an argument of a builder and its value; SourceError if it has no such value or cannot be set."""
+    if name not in OPTIONS:
+        raise SourceError(
+            f"--set {name}: not an argument that changes what is detected; these are: {', '.join(OPTIONS)}"
+        )
+    try:
+        return name, msgspec.convert(ast.literal_eval(text), OPTIONS[name], strict=True)
+    except msgspec.ValidationError as error:
+        raise SourceError(f"--set {name}={text}: {one_line(error)}") from error
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise SourceError(f"--set {name}={text}: not a number, or numbers as in [1, 2]") from error
+
+
+def build_model(builder, arguments, content, path):
+    """Return torchvision's model with the weights of a checkpoint, in evaluation mode."""
+    state = weights_in(content)
+    scores = state.get("roi_heads.box_predictor.cls_score.weight")
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
+        raise SourceError(f"{path} holds no Faster R-CNN of torchvision: roi_heads.box_predictor.cls_score is missing")
+    known = {name: value for name, value in arguments.items() if name != "frozen_eps"}
+    # Without weights torchvision builds BatchNorm2d where a trained model has FrozenBatchNorm2d, which counts nothing.
+    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=len(scores), **known).eval()
+    load_weights(model, state, path)
+    if not any(name.endswith("num_batches_tracked") for name in state):
+        eps = arguments.get("frozen_eps", FROZEN_EPS[builder])
+        print(f"frozen batch normalisation with eps {eps}; if it was trained with another: --set frozen_eps=...")
+        replace_norms(model, FrozenBatchNorm2d, eps)
+    elif "frozen_eps" in arguments:
+        raise SourceError(f"--set frozen_eps: {path} holds no frozen batch normalisation")
+    return model
+
+
+def replace_norms(model, kind, eps=None):
+    """Turn every batch normalisation of a model into one of another kind: BatchNorm2d or FrozenBatchNorm2d."""
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, (torch.nn.BatchNorm2d, FrozenBatchNorm2d)):
+                new = kind(len(norm.weight), eps=norm.eps if eps is None else eps).eval()
+                new.load_state_dict(norm.state_dict(), strict=False)
+                setattr(parent, name, new)
+
+
+def class_names(names, content, weights, model):
+    """Return the names of a model's classes: those given, or the checkpoint's, or those of torchvision's weights."""
+    number = model.roi_heads.box_predictor.cls_score.out_features
+    if names is None:
+        names = content.get("classes")
+    if not isinstance(names, (list, tuple)) and len(weights.meta["categories"]) == number:
+        names = ["" if name == "N/A" else name for name in weights.meta["categories"]]
+    names = list(names) if isinstance(names, (list, tuple)) else []
+    if names[:1] == ["__background__"]:
+        names = names[1:]
+    if len(names) != number - 1:
+        raise SourceError(
+            f"the model has {number - 1} classes and a background, but {len(names)} names: give them with --classes "
+            "FILE, a name a line"
+        )
+    return names
+
+
+# ---------------------------------------------------------------------- the two networks
+
+
+class Model1(torch.nn.Module):
+    """image [N, 3, H, W] -> objectness logits, deltas and features of every level, the finest first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone, self.rpn_head = model.backbone, model.rpn.head
+        self.eval()
+
+    def forward(self, image):
+        """Return cls_0.., reg_0.., feat_0.. as one tuple."""
+        features = list(self.backbone(image).values())
+        cls, reg = self.rpn_head(features)
+        return (*cls, *reg, *features)
+
+
+class Model2(torch.nn.Module):
+    """roi_feats [B, C, s, s] -> class logits [B, classes + 1], the background last, and deltas [B, 4 classes]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.box_head, predictor = model.roi_heads.box_head, model.roi_heads.box_predictor
+        classes = torch.arange(1, predictor.cls_score.out_features)
+        self.cls = rows(predictor.cls_score, torch.cat([classes, torch.zeros(1, dtype=torch.int64)]))
+        self.reg = rows(predictor.bbox_pred, torch.arange(4, predictor.bbox_pred.out_features))
+        self.eval()
+
+    def forward(self, roi_feats):
+        """Return cls and reg."""
+        features = self.box_head(roi_feats)
+        return self.cls(features), self.reg(features)
+
+
+def rows(layer, chosen):
+    """Return a linear layer that gives only the chosen outputs of another, in this order."""
+    new = torch.nn.Linear(layer.in_features, len(chosen))
+    new.load_state_dict({name: value[chosen] for name, value in layer.state_dict().items()})
+    return new
+
+
+def networks(model):
+    """Return the two networks by the names of their files."""
+    model = copy.deepcopy(model)
+    replace_norms(model, torch.nn.BatchNorm2d)  # which the exporter folds into the convolution before it
+    pool = model.roi_heads.box_roi_pool
+    image = torch.randn(1, 3, 256, 320)
+    levels = range(len(model.rpn.anchor_generator.sizes))
+    maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
+    roi_feats = torch.randn(2, model.backbone.out_channels, *pool.output_size)
+    return {
+        "model1.onnx": Network(Model1(model), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps),
+        "model2.onnx": Network(Model2(model), roi_feats, {"roi_feats": {0: "B"}}, {"cls": {0: "B"}, "reg": {0: "B"}}),
+    }
+
+
+# ---------------------------------------------------------------------- what the networks cannot know
+
+
+def strides_of(model, image):
+    """Return the stride of every level, by its name in torchvision; image: an input whose sides all of them divide."""
+    with torch.no_grad():
+        return {name: image.shape[2] // feature.shape[2] for name, feature in model.backbone(image).items()}
+
+
+def describe(model, strides, classes, origin):
+    """Return the settings of a model; SettingsError if one of them has a value that does not fit."""
+    settings = FasterRCNNSettings(
+        source=origin,
+        classes=classes,
+        preprocess=describe_preprocessing(model.transform, min(strides.values())),
+        proposals=describe_proposals(model.rpn, list(strides.values())),
+        rois=describe_rois(model.roi_heads.box_roi_pool, strides),
+        head=describe_head(model.roi_heads),
+    )
+    return read(write(settings), FasterRCNNSettings)
+
+
+def describe_preprocessing(transform, finest_stride):
+    """Return the settings of a GeneralizedRCNNTransform."""
+    if transform.size_divisible % finest_stride:
+        raise SourceError(f"--set size_divisible: not a multiple of the finest stride, {finest_stride}")
+    longest, shortest = transform.max_size, transform.min_size[-1]
+    return Preprocess(
+        scale=transform.fixed_size or (longest, min(shortest, longest)),
+        keep_ratio=transform.fixed_size is None,
+        normalize_first=True,
+        mean=[255 * mean for mean in transform.image_mean],
+        std=[255 * std for std in transform.image_std],
+        to_rgb=True,
+        pad_divisor=transform.size_divisible,
+    )
+
+
+def describe_proposals(rpn, strides):
+    """Return the settings of a RegionProposalNetwork."""
+    sizes, ratios = rpn.anchor_generator.sizes, rpn.anchor_generator.aspect_ratios
+    anchors = Anchors(
+        strides=strides,
+        base_sizes=[level[0] for level in sizes],
+        scales=[size / sizes[0][0] for size in sizes[0]],  # the same on all levels of these builders
+        ratios=ratios[0],
+        center_offset=0,
+        rounded=True,
+        strides_of_maps=True,
+    )
+    return Proposals(
+        anchors=anchors,
+        **describe_coder(rpn.box_coder),
+        nms_pre=rpn._pre_nms_top_n["testing"],
+        rank_logits=True,
+        min_bbox_size=just_below(rpn.min_size),
+        score_threshold=just_below(rpn.score_thresh),
+        iou_threshold=rpn.nms_thresh,
+        nms_moved=MOVED_BY_NMS,
+        max_per_img=rpn._post_nms_top_n["testing"],
+    )
+
+
+def describe_coder(coder):
+    """Return the settings of a BoxCoder, which divides by its weights and limits only how much a box grows."""
+    return {"means": [0] * 4, "stds": [1 / weight for weight in coder.weights], "shrinks_freely": True}
+
+
+def just_below(limit):
+    """Return the float32 before a limit: what is above it is what is not below the limit."""
+    return float(np.nextafter(np.float32(limit), np.float32(-np.inf)))
+
+
+def describe_rois(pool, strides):
+    """Return the settings of a MultiScaleRoIAlign. Of two levels with the same stride, it reads the first alone."""
+    read_strides = sorted({strides[name] for name in pool.featmap_names if name in strides})
+    return RoIs(
+        strides=read_strides,
+        finest_scale=pool.canonical_scale * read_strides[0] / 2**pool.canonical_level,
+        output_size=pool.output_size[0],
+        sampling_ratio=pool.sampling_ratio,
+        aligned=False,
+    )
+
+
+def describe_head(heads):
+    """Return the settings of RoIHeads."""
+    return Head(
+        **describe_coder(heads.box_coder),
+        class_agnostic=False,
+        min_bbox_size=just_below(SMALLEST_BOX),
+        score_threshold=heads.score_thresh,
+        iou_threshold=heads.nms_thresh,
+        nms_resized=True,
+        nms_first_group=1,
+        nms_moved=MOVED_BY_NMS,
+        max_per_img=heads.detections_per_img,
+    )
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+def reference(model, picture, score_threshold=None):
+    """Return the Detections of torchvision's model itself in a picture's file."""
+    image = cv2.cvtColor(cv2.imread(str(picture)), cv2.COLOR_BGR2RGB)
+    heads = model.roi_heads
+    own, heads.score_thresh = heads.score_thresh, heads.score_thresh if score_threshold is None else score_threshold
+    try:
+        with torch.no_grad():
+            found = model([torch.from_numpy(image).permute(2, 0, 1).float() / 255])[0]
+    finally:
+        heads.score_thresh = own
+    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy() - 1)

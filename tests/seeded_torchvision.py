@@ -1,0 +1,57 @@
+"""torchvision's Faster R-CNNs with seeded weights, see seeded.py."""
+
+import numpy as np
+import torch
+from seeded import make_heads_discriminate, normalise, scale_to_unit
+from torchvision.models import get_model_builder
+from torchvision.models.mobilenetv3 import InvertedResidual
+from torchvision.models.resnet import Bottleneck
+
+
+def write_checkpoint(builder, path, image, num_classes=91, **arguments):
+    """Write the state dict of a builder's model, seeded such that it discriminates in an image; return its path.
+
+    image: [h, w, 3] uint8 BGR. As in torchvision's own files, only the second version has counting batch norms.
+    """
+    state = seeded_model(builder, image, num_classes, **arguments).state_dict()
+    if not builder.endswith("_v2"):
+        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, path)
+    return path
+
+
+def seeded_model(builder, image, num_classes=91, **arguments):
+    """Return a builder's model, seeded such that it discriminates in an image [h, w, 3] uint8 BGR."""
+    torch.manual_seed(0)
+    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes, **arguments).eval()
+    for block in model.modules():
+        if isinstance(block, Bottleneck):
+            torch.nn.init.constant_(block.bn3.weight, 0.2)
+        if isinstance(block, InvertedResidual) and block.use_res_connect:
+            torch.nn.init.constant_(block.block[-1][1].weight, 0.2)
+    with torch.no_grad():
+        prepare(model, torch.from_numpy(np.ascontiguousarray(image[..., ::-1])).permute(2, 0, 1).float() / 255)
+    return model
+
+
+def prepare(model, image):
+    """Normalise the layers of a model by what an image [3, h, w] gives, and scale its heads."""
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    convolutions = [layer for layer in model.backbone.modules() if isinstance(layer, torch.nn.Conv2d)]
+    normalising = [norm.register_forward_pre_hook(normalise) for norm in norms]
+    scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions]
+    images = model.transform([image])[0]
+    features = model.backbone(images.tensors)
+    rpn, heads = model.rpn.head, model.roi_heads
+
+    def pool():
+        return heads.box_roi_pool(features, model.rpn(images, features)[0], images.image_sizes)
+
+    make_heads_discriminate(
+        list(features.values()), rpn, (rpn.cls_logits, rpn.bbox_pred),
+        pool, lambda rois: heads.box_predictor(heads.box_head(rois)),
+        (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred),
+    )  # fmt: skip
+    heads.box_roi_pool.scales = None
+    for hook in normalising + scaling:
+        hook.remove()
