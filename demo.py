@@ -168,10 +168,11 @@ def main(arguments=None):
         if not originals:
             return 2
         detector = load(args.model)
-        print(f"model: {args.model} ({len(detector.classes)} classes)")
+        print(f"model: {args.model} ({sum(map(bool, detector.classes))} classes)")
         if args.paths and args.model.resolve() == BUNDLED:
             shapes = ", ".join(detector.classes)
-            print(f"It knows drawn shapes only ({shapes}): for photographs, export a model of your own.")
+            print(f"It knows drawn shapes only ({shapes}). For photographs, first: "
+                  "uv run --extra torchvision export.py torchvision:fasterrcnn_resnet50_fpn")  # fmt: skip
         args.out.mkdir(parents=True, exist_ok=True)
         failures = run(detector, originals, args)
     except (ModelError, OSError) as error:

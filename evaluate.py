@@ -107,12 +107,13 @@ def read_annotations(path):
 
 
 def category_ids(coco, classes):
-    """Return the category id of each class, found by its name: COCO's ids have gaps."""
+    """Return the category id of each class that has a name, by its label: COCO's ids have gaps."""
     ids = {category["name"]: category["id"] for category in coco.cats.values()}
-    unknown = [name for name in classes if name not in ids]
+    named = {label: name for label, name in enumerate(classes) if name}  # the others were not trained
+    unknown = [name for name in named.values() if name not in ids]
     if unknown:
         raise EvaluationError(f"the annotations do not know these classes of the model: {', '.join(unknown)}")
-    return [ids[name] for name in classes]
+    return {label: ids[name] for label, name in named.items()}
 
 
 # ---------------------------------------------------------------------- the partial file
@@ -227,6 +228,7 @@ def detect_all(detector, ids, images, done, folder, partial):
             record = {"image_id": image["id"]}
             try:
                 found = detector.detect_in(future.result())
+                found = found.where(np.isin(found.labels, list(ids)))
                 record["detections"] = coco_results(found, image, detector.classes, ids)
             except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
                 record["error"] = one_line(error)
@@ -345,8 +347,9 @@ def run(args):
         print(f"shard {shard}/{shards}: {path}; when all shards are done, evaluate with --merge")
     else:
         paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
-        failures = merge(paths, header, images, args.out, may_be_empty=not coco.getAnnIds(catIds=ids))
-        report(coco, args.out / "detections.json", ids, args.per_class)
+        known = list(ids.values())
+        failures = merge(paths, header, images, args.out, may_be_empty=not coco.getAnnIds(catIds=known))
+        report(coco, args.out / "detections.json", known, args.per_class)
         if path.exists() and not failures:  # with it, --resume tries only the failed ones again
             path.unlink()
     if failures:

@@ -126,8 +126,8 @@ def colour_of(label):
 
 
 def drawable_names(classes):
-    """Return the classes' names as OpenCV can draw them: its font is ASCII, other names become the class's number."""
-    return [name if name.isascii() else f"class {number}" for number, name in enumerate(classes, 1)]
+    """Return the classes' names as OpenCV can draw them: its font is ASCII, others become the class's number."""
+    return [name if name and name.isascii() else f"class {number}" for number, name in enumerate(classes, 1)]
 
 
 def draw(image, found, classes):

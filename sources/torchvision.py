@@ -24,7 +24,6 @@ from detectors.settings import (
     Anchors,
     Count,
     FasterRCNNSettings,
-    FourNumbers,
     Head,
     Number,
     Positive,
@@ -59,7 +58,7 @@ OPTIONS = {  # the builders' arguments that change what is detected
     "box_score_thresh": Number,
     "box_nms_thresh": Number,
     "box_detections_per_img": Count,
-    "bbox_reg_weights": FourNumbers,
+    "bbox_reg_weights": Tuple[Positive, Positive, Positive, Positive],
     "frozen_eps": Annotated[float, msgspec.Meta(ge=0, le=1)],  # no argument of theirs, see build_model
 }
 MOVED_BY_NMS = 1000  # torchvision.ops.batched_nms moves the classes apart for no more boxes than this, on a CPU

@@ -329,7 +329,7 @@ def prepare_whole(folder):
 
 
 def serve(load, folder, connection):
-    """Load a detector. Detect each time the connection says so and answer with the seconds; at the end, with the peak MiB."""
+    """Load a detector; each time the connection says so, detect and answer with the seconds; then the peak MiB."""
     image = np.load(folder / "image.npy")
     run = load(folder)
     while connection.recv():

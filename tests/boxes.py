@@ -60,3 +60,19 @@ def rpn_maps(rng, image_size, strides):
     logits = np.split(rng.permutation(np.linspace(-9, 6, ends[-1], dtype=np.float32)), ends[:-1])
     cls = [part.reshape(3, height, width) for part, (height, width) in zip(logits, sizes)]
     return cls, [rng.normal(0, 0.3, (12, height, width)).astype(np.float32) for height, width in sizes]
+
+
+def assert_equal_detections(ours, reference, pixels=1e-2):
+    """Check that every detection has its twin: same label, boxes within so many pixels, scores within 1e-4."""
+    assert len(ours.boxes) == len(reference.boxes)
+    unpaired = list(range(len(reference.boxes)))
+    for box, score, label in zip(*ours):
+        twins = [
+            i
+            for i in unpaired
+            if reference.labels[i] == label
+            and np.abs(reference.boxes[i] - box).max() <= pixels
+            and abs(reference.scores[i] - score) <= 1e-4
+        ]
+        assert twins, f"no twin for {label} {score} {box}"
+        unpaired.remove(twins[0])

@@ -20,6 +20,7 @@ logging.disable(logging.INFO)  # mmcv lists every initialised weight
 
 SHAPES = ROOT / "ckpt" / "shapes"
 MMDETECTION = "needs MMDetection: uv run --extra export pytest"  # why a test is skipped
+TORCHVISION = "needs torchvision: uv run --extra torchvision --extra test pytest"
 TABLES = defaultdict(list)  # title -> rows of cells, printed when all tests are done
 
 

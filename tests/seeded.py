@@ -25,14 +25,15 @@ def scale_to_unit(convolution, inputs, output):
     return output * factor
 
 
-def make_heads_discriminate(features, rpn, rpn_layers, pool, head, head_layers):
+def make_heads_discriminate(features, rpn, rpn_layers, pool, head, head_layers, deviations=(2.0, 0.5)):
     """Scale the last layers (scores, deltas) of an RPN and of a head until their outputs vary as trained ones do.
 
     Then top-k, NMS and thresholds have something to decide. rpn(features) and head(pool()) return scores and deltas.
+    deviations: of the head's.
     """
     for layer, outputs, deviation in zip(rpn_layers, rpn(features), (1.0, 0.3)):
         scale_layer(layer, outputs, deviation)
-    for layer, output, deviation in zip(head_layers, head(pool()), (2.0, 0.5)):
+    for layer, output, deviation in zip(head_layers, head(pool()), deviations):
         scale_layer(layer, [output], deviation)
 
 

@@ -3,28 +3,13 @@
 import cv2
 import numpy as np
 import pytest
+from boxes import assert_equal_detections
 from conftest import MMDETECTION, SHAPES
 
 from detectors import Detections, load
 
 torch = pytest.importorskip("torch", reason=MMDETECTION)
 reference = pytest.importorskip("sources.mmdetection", reason=MMDETECTION, exc_type=ImportError).reference
-
-
-def assert_equal_detections(ours, reference):
-    """Check that every detection has its twin: same label, boxes within 1e-2 px, scores within 1e-4."""
-    assert len(ours.boxes) == len(reference.boxes)
-    unpaired = list(range(len(reference.boxes)))
-    for box, score, label in zip(*ours):
-        twins = [
-            i
-            for i in unpaired
-            if reference.labels[i] == label
-            and np.abs(reference.boxes[i] - box).max() <= 1e-2
-            and abs(reference.scores[i] - score) <= 1e-4
-        ]
-        assert twins, f"no twin for {label} {score} {box}"
-        unpaired.remove(twins[0])
 
 
 @pytest.fixture

@@ -604,7 +604,8 @@ def test_help_works_without_pytorch(tmp_path, arguments, status):
     assert result.returncode == status
     if status:
         assert result.stderr == (
-            "export.py: No module named torch: uv run --extra torchvision, or --extra export for MMDetection, installs it\n"
+            "export.py: No module named torch: "
+            "uv run --extra torchvision, or --extra export for MMDetection, installs it\n"
         )
     else:
         assert "--trust-checkpoint" in result.stdout

@@ -19,7 +19,7 @@ mmdet = pytest.importorskip("mmdet", reason=MMDETECTION)
 
 import mmcv  # noqa: E402
 import seeded_mmdetection  # noqa: E402
-from test_equal import assert_equal_detections  # noqa: E402
+from boxes import assert_equal_detections  # noqa: E402
 
 import export  # noqa: E402
 from sources import mmdetection  # noqa: E402
