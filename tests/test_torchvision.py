@@ -145,7 +145,7 @@ CHANGES = {  # an argument of the builder, and another value that changes what i
     "rpn_post_nms_top_n_test": 30,
     "rpn_nms_thresh": 0.4,
     "rpn_score_thresh": 0.93,
-    "box_score_thresh": 0.3,
+    "box_score_thresh": 0.15,
     "box_nms_thresh": 0.2,
     "box_detections_per_img": 20,
     "bbox_reg_weights": (5.0, 5.0, 3.0, 3.0),
@@ -259,15 +259,15 @@ def test_a_model_trained_without_frozen_layers(checkpoints, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shapes_checkpoint(tmp_path_factory, drawn_pictures):
+def shapes_checkpoint(tmp_path_factory, photographs):
     """Return a checkpoint of the small MobileNet for six classes."""
     path = tmp_path_factory.mktemp("shapes") / "mine.pth"
-    return write_checkpoint(SMALL, path, drawn_pictures[0][0], num_classes=7)
+    return write_checkpoint(SMALL, path, photographs["astronaut"], num_classes=7)
 
 
-def test_a_state_dict_of_one_s_own_and_names_from_a_file(shapes_checkpoint, tmp_path, drawn_pictures):
-    cv2.imwrite(str(tmp_path / "drawn.png"), drawn_pictures[0][0])
-    arguments = [shapes_checkpoint, "--classes", tmp_path / "names.txt", "--picture", tmp_path / "drawn.png"]
+def test_a_state_dict_of_one_s_own_and_names_from_a_file(shapes_checkpoint, tmp_path, photographs):
+    cv2.imwrite(str(tmp_path / "coffee.png"), photographs["coffee"])
+    arguments = [shapes_checkpoint, "--classes", tmp_path / "names.txt", "--picture", tmp_path / "coffee.png"]
     for first in ("", "__background__\n"):
         (tmp_path / "names.txt").write_text(first + "\n".join(SHAPES) + "\n\n")
         result = call_program(export.main, f"torchvision:{SMALL}", *arguments, "--out", tmp_path / "out")
@@ -472,7 +472,7 @@ def annotated(folder, pictures, model):
     """
     rng, images, annotations, results = np.random.default_rng(0), [], [], []
     ids = [3, 7, 11, 20, 21, 50]  # of the categories: with gaps, as COCO's
-    for number, (image, _, _) in enumerate(pictures, 1):
+    for number, image in enumerate(pictures, 1):
         cv2.imwrite(str(folder / f"{number}.png"), image)
         images.append({"id": number, "file_name": f"{number}.png"})
         for i, (box, score, label) in enumerate(zip(*(field.tolist() for field in own_detections(model, image)))):
@@ -502,18 +502,25 @@ def coco_numbers(annotations, results):
     return evaluation.stats
 
 
-def test_evaluation_equals_that_of_torchvision_s_own_outputs(shapes_checkpoint, drawn_pictures, tmp_path):
+def test_evaluation_equals_that_of_torchvision_s_own_outputs(shapes_checkpoint, photographs, tmp_path):
+    """On fifty parts of photographs: in flat drawings, random layers make much of the last bit, torchvision's too."""
+    rng, parts = np.random.default_rng(0), []
+    for number in range(50):
+        image = photographs[NAMES[number % 4]]
+        height, width = rng.integers(200, 300, 2)
+        y, x = rng.integers(0, image.shape[0] - height + 1), rng.integers(0, image.shape[1] - width + 1)
+        parts.append(np.ascontiguousarray(image[y : y + height, x : x + width]))
     (tmp_path / "names.txt").write_text("\n".join(SHAPES))
     (tmp_path / "pictures").mkdir()
-    cv2.imwrite(str(tmp_path / "drawn.png"), drawn_pictures[0][0])
+    cv2.imwrite(str(tmp_path / "part.png"), parts[0])
     result = call_program(
         export.main, f"torchvision:{SMALL}", shapes_checkpoint, "--classes", tmp_path / "names.txt",
-        "--picture", tmp_path / "drawn.png", "--out", tmp_path / "pair",
+        "--picture", tmp_path / "part.png", "--out", tmp_path / "pair",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     model = get_model_builder(SMALL)(weights=None, weights_backbone=None, num_classes=7)
     model.load_state_dict(torch.load(shapes_checkpoint, weights_only=True), strict=False)
-    results = annotated(tmp_path / "pictures", drawn_pictures, model.eval())
+    results = annotated(tmp_path / "pictures", parts, model.eval())
 
     arguments = [tmp_path / "pictures" / "annotations.json", tmp_path / "pictures", "--out", tmp_path / "out"]
     result = call_program(evaluate.main, *arguments, "--model", tmp_path / "pair")
