@@ -72,13 +72,16 @@ def checkpoints(tmp_path_factory, photographs):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, checkpoints, photographs):
-    """Return a function that returns the folder of a builder's export, made and verified by export.py."""
+    """Return a function that returns the folder of a builder's export, made and verified by export.py.
+
+    On a picture of a quarter of the size, which takes a quarter of the time: the networks are the same.
+    """
 
     @functools.lru_cache
     def folder_of(builder):
         folder = tmp_path_factory.mktemp(builder)
         cv2.imwrite(str(folder / "coffee.png"), photographs["coffee"])
-        picture = ("--picture", folder / "coffee.png")
+        picture = ("--picture", folder / "coffee.png", "--set", "min_size=400", "--set", "max_size=667")
         result = call_program(export.main, f"torchvision:{builder}", checkpoints(builder), "--out", folder, *picture)
         assert result.returncode == 0, result.stdout + result.stderr
         (folder / "printed.txt").write_text(result.stdout)
@@ -87,12 +90,19 @@ def exports(tmp_path_factory, checkpoints, photographs):
     return folder_of
 
 
+def usual_detector(builder, checkpoints, exports):
+    """Return the export of a builder with the settings that it has by itself."""
+    detector = load(exports(builder))
+    detector.settings = source.load(builder, checkpoints(builder)).settings
+    return detector
+
+
 # ------------------------------------------------------------------ equal
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_detections_equal_torchvision(builder, checkpoints, exports, photographs):
-    detector, model = load(exports(builder)), own_model(builder, checkpoints(builder))
+    detector, model = usual_detector(builder, checkpoints, exports), own_model(builder, checkpoints(builder))
     for name in NAMES:
         ours = detector(photographs[name])
         assert len(ours.boxes) == 100
@@ -103,11 +113,8 @@ def test_detections_equal_torchvision(builder, checkpoints, exports, photographs
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_numpy_equals_torchvision_on_its_own_maps(builder, checkpoints, exports, photographs):
     """Stage by stage, each from what torchvision has computed until then."""
-    settings, model, image = (
-        load(exports(builder)).settings,
-        own_model(builder, checkpoints(builder)),
-        photographs["cat"],
-    )
+    settings = usual_detector(builder, checkpoints, exports).settings
+    model, image = own_model(builder, checkpoints(builder)), photographs["cat"]
     heads = model.roi_heads
     with torch.no_grad():
         images, _ = model.transform([as_torch(image)])
@@ -155,7 +162,7 @@ CHANGES = {  # an argument of the builder, and another value that changes what i
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_argument_that_can_be_set_is_honoured(name, checkpoints, exports, photographs):
     """The networks stay the same; only settings change."""
-    detector, image = load(exports(SMALL)), photographs["coffee"]
+    detector, image = usual_detector(SMALL, checkpoints, exports), photographs["coffee"]
     usual = detector(image)
     made = source.load(SMALL, checkpoints(SMALL), options=[(name, repr(CHANGES[name]))])
     detector.settings = made.settings
@@ -213,7 +220,8 @@ def test_as_many_nodes_as_mmdetection_s_network(exports, request):
 
 
 def test_exporting_needs_nothing_of_mmdetection(checkpoints, tmp_path):
-    """Its packages cannot even be imported in this process."""
+    """Where its packages are installed, they cannot even be imported in this process."""
+    pytest.importorskip("mmcv", reason="needs MMDetection: uv run --extra export pytest")
     blocked = "import sys; sys.modules.update(dict.fromkeys(['mmcv', 'mmdet', 'sources.mmdetection']))"
     arguments = [f"torchvision:{SMALL}", str(checkpoints(SMALL)), "--out", str(tmp_path)]
     code = f"{blocked}; sys.path.insert(0, {str(ROOT)!r}); import export; sys.exit(export.main({arguments!r}))"
@@ -437,28 +445,43 @@ def test_photographs_in_two_commands(project, server, checkpoints, photographs):
     )
     assert_equal_detections(ours, expected)
 
-    # What is there is not fetched again.
-    (served / name).unlink()
-    assert run(project, "export.py", f"torchvision:{SMALL}", url=f"{address}/{name}").returncode == 0
+
+@pytest.fixture
+def offer(monkeypatch, tmp_path):
+    """Return a function that puts torchvision's own weights at a URL, and returns the folder they are fetched into."""
+    (tmp_path / "ckpt").mkdir()
+    monkeypatch.setattr(source, "CKPT", tmp_path / "ckpt")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def run(url):
+        monkeypatch.setattr(get_model_weights(SMALL).DEFAULT.value, "url", url)
+        return tmp_path / "ckpt"
+
+    return run
 
 
-def test_without_a_network_the_file_and_its_place_are_named(project):
+def test_without_a_network_the_file_and_its_place_are_named(offer):
     name = f"{SMALL}-12345678.pth"
     url = f"http://127.0.0.1:9/{name}"
-    result = run(project, "export.py", f"torchvision:{SMALL}", url=url)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert f"get {url} by other means and put it at {project / 'ckpt' / name}" in result.stderr
-    assert sorted(path.name for path in (project / "ckpt").iterdir()) == ["shapes"]
+    ckpt = offer(url)
+    assert_refused([f"torchvision:{SMALL}"], f"get {url} by other means and put it at {ckpt / name}")
+    assert list(ckpt.iterdir()) == []
 
 
-def test_weights_that_were_damaged_on_their_way(project, server, checkpoints):
+def test_weights_that_are_there_are_not_fetched(offer, checkpoints):
+    ckpt = offer(f"http://127.0.0.1:9/{SMALL}-12345678.pth")
+    shutil.copy(checkpoints(SMALL), ckpt / f"{SMALL}-12345678.pth")
+    assert source.load(SMALL, None).settings.source["checkpoint"] == f"{SMALL}-12345678.pth"
+
+
+def test_weights_that_were_damaged_on_their_way(offer, server, checkpoints, tmp_path):
     address, served = server
+    ckpt = offer(f"{address}/{SMALL}-12345678.pth")
     (served / f"{SMALL}-12345678.pth").write_bytes(checkpoints(SMALL).read_bytes())
-    result = run(project, "export.py", f"torchvision:{SMALL}", url=f"{address}/{SMALL}-12345678.pth")
+    result = call_program(export.main, f"torchvision:{SMALL}", "--out", tmp_path / "out")
     assert result.returncode == 2
     assert "hash" in result.stderr
-    assert sorted(path.name for path in (project / "ckpt").iterdir()) == ["shapes"]
+    assert list(ckpt.iterdir()) == []
 
 
 # ------------------------------------------------------------------ evaluate.py and explain.py
@@ -559,7 +582,7 @@ def test_what_removed_a_box_is_replayed_where_nms_saw_it(exports, photographs):
     """In pixels of the resized picture: each removed box has one that was kept, of its class, above the threshold."""
     pipeline = explain.Pipeline(load(exports(SMALL)), photographs["coffee"])
     removed, by, iou = explain.removers(pipeline)
-    assert len(removed) == len(pipeline.detect["candidates"]) - len(pipeline.detect["kept"]) > 50
+    assert len(removed) == len(pipeline.detect["candidates"]) - len(pipeline.detect["kept"]) > 20
     assert (pipeline.detect["labels"][removed] == pipeline.detect["labels"][by]).all()
     assert (pipeline.detect["scores"][removed] <= pipeline.detect["scores"][by]).all()
     assert (iou > 0.5).all()
