@@ -196,8 +196,9 @@ def draw_input(p):
     resized = f"to {width} x {height} pixels, whatever its shape"
     if settings.keep_ratio:
         resized = f"until its long side is {long_side} pixels or its short side {short_side}, whichever comes first"
+    order = "Before that" if settings.normalize_first else "Then"
     text = (
-        f"The picture is resized {resized}. Then it is normalised: from each channel its mean is subtracted "
+        f"The picture is resized {resized}. {order} it is normalised: from each channel its mean is subtracted "
         f"({listed(settings.mean)}), and the rest is divided by its standard deviation ({listed(settings.std)}). Zeros "
         f"on the right and at the bottom make both sides multiples of {settings.pad_divisor}, because the first "
         "network halves the picture again and again."
@@ -315,7 +316,8 @@ def tell_proposals(p, shown):
         f"{listed(decoded)} boxes on {level_names(len(decoded))}. "
     )
     if dropped:
-        text += f"{dropped:,} of them are dropped, because a side is no longer than {settings.min_bbox_size:g} pixels. "
+        text += f"{dropped:,} of them are dropped, because a side is no longer than {settings.min_bbox_size:g} pixels"
+        text += f" or the score not above {settings.score_threshold:g}. " if settings.score_threshold > 0 else ". "
     return text + (
         "They crowd around the objects. NMS goes through the boxes of each level from the best to the worst, and "
         f"removes a box if its IoU with a better one that stays is above {settings.iou_threshold:g}: it removes "

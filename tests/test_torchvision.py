@@ -576,6 +576,9 @@ def test_the_algorithm_in_pictures(builder, exports, photographs, tmp_path):
     result = call_program(explain.main, tmp_path / "coffee.png", "--model", exports(builder), "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 9
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert "Before that it is normalised" in text
+    assert ("a side is no longer than 0.001 pixels or the score not above 0.05" in text) == (builder == SMALL)
 
 
 def test_what_removed_a_box_is_replayed_where_nms_saw_it(exports, photographs):
