@@ -171,8 +171,9 @@ def main(arguments=None):
         print(f"model: {args.model} ({sum(map(bool, detector.classes))} classes)")
         if args.paths and args.model.resolve() == BUNDLED:
             shapes = ", ".join(detector.classes)
-            print(f"It knows drawn shapes only ({shapes}). For photographs, first: "
-                  "uv run --extra torchvision export.py torchvision:fasterrcnn_resnet50_fpn")  # fmt: skip
+            print(f"It knows drawn shapes only ({shapes}): what it finds in a photograph is nonsense.")
+            print("COCO's 80 classes: uv run --extra torchvision export.py torchvision:fasterrcnn_resnet50_fpn. "
+                  "Your own export: --model DIR")  # fmt: skip
         args.out.mkdir(parents=True, exist_ok=True)
         failures = run(detector, originals, args)
     except (ModelError, OSError) as error:

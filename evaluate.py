@@ -112,7 +112,8 @@ def category_ids(coco, classes):
     named = {label: name for label, name in enumerate(classes) if name}  # the others were not trained
     unknown = [name for name in named.values() if name not in ids]
     if unknown:
-        raise EvaluationError(f"the annotations do not know these classes of the model: {', '.join(unknown)}")
+        raise EvaluationError(f"the annotations do not know these classes of the model: {', '.join(unknown)}: "
+                              "add them to the categories, which need no boxes")  # fmt: skip
     return {label: ids[name] for label, name in named.items()}
 
 

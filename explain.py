@@ -240,6 +240,15 @@ def draw_anchors(p):
     )
 
 
+def extent_of(anchors, stride):
+    """Return left, right, bottom and top of a map whose cells lie around the centres of their anchors [h, w, a, 4]."""
+    first, last = (anchors[i, i, 0].reshape(2, 2).mean(axis=0) for i in (0, -1))
+    cells = np.array(anchors.shape[1::-1])
+    half = np.where(cells > 1, (last - first) / np.maximum(cells - 1, 1), stride) / 2
+    (left, top), (right, bottom) = first - half, last + half
+    return left, right, bottom, top
+
+
 def draw_objectness(p):
     """3: the RPN's scores of each level over the picture."""
     strides, softmax_of_two, maps = p.strides, p.settings.proposals.softmax, []
@@ -250,23 +259,9 @@ def draw_objectness(p):
     figure, axes = level_panels(p, caption, fade=0.3)
     for level, axis in enumerate(axes):
         axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
-        # A cell lies around the centre of its anchors.
-        first, last = (
-            (anchor[:2] + anchor[2:]) / 2 for anchor in (p.anchors[level][0, 0, 0], p.anchors[level][-1, -1, 0])
-        )
-        cells = np.array(maps[level].shape[::-1])
-        half = np.where(cells > 1, (last - first) / np.maximum(cells - 1, 1), strides[level]) / 2
-        (left, top), (right, bottom) = first - half, last + half
         alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
-        axis.imshow(
-            maps[level],
-            cmap=SCORES,
-            vmin=0,
-            vmax=1,
-            alpha=alpha,
-            extent=(left, right, bottom, top),
-            interpolation="nearest",
-        )
+        extent = extent_of(p.anchors[level], strides[level])
+        axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
         axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
     add_score_bar(figure, list(axes), "objectness")
     logit, function = ("a pair of logits", "softmax") if softmax_of_two else ("a logit", "sigmoid")
@@ -345,7 +340,8 @@ def draw_pyramid(p, shown=40):
         f"size over {settings.finest_scale:g} pixels, rounded down; the dashed lines are where the level changes."
     )
     if num_levels < len(p.strides):
-        text += f" Of the {len(p.strides)} levels, only the {num_levels} finest give features to the second network."
+        finest = "finest gives" if num_levels == 1 else f"{num_levels} finest give"
+        text += f" Of the {len(p.strides)} levels, only the {finest} features to the second network."
     return Page("5_pyramid", caption, text, "postprocess.assign_levels", figure)
 
 

@@ -27,6 +27,7 @@ logging.disable(logging.WARNING)  # about a missing GPU, and pretrained weights 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when cv2 is imported
 
 try:
+    import cv2
     import numpy as np
     import onnx
     import torch
@@ -197,8 +198,8 @@ def export(source, out, opset, picture):
     """Write the networks of a Source, verify them and move them to the folder `out`; return whether all was True."""
     try:
         preprocess(read_picture(picture), source.settings.preprocess)
-    except ValueError as error:
-        raise sources.SourceError(f"{picture}: {error}") from error
+    except (ValueError, MemoryError, cv2.error) as error:
+        raise sources.SourceError(f"{picture}: {one_line(error)}") from error
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         write_networks(source, Path(folder), opset)
@@ -232,7 +233,7 @@ def read_arguments(arguments):
         help="the picture on which detections are compared (default: the bundled picture)")  # fmt: skip
     add("--trust-checkpoint", action="store_true",
         help="load a checkpoint that holds more than tensors; it can run any code")  # fmt: skip
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def name_and_value(text):
@@ -246,9 +247,16 @@ def name_and_value(text):
 def read_names(path):
     """Return the names in a file, a name a line; sources.SourceError if it cannot be read."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise sources.SourceError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise sources.SourceError(f"{path} is not a list of names: {one_line(error)}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if not names or twice:
+        raise sources.SourceError(f"{path} holds {f'{twice[0]} twice' if twice else 'no names'}")
+    return names
 
 
 def main(arguments=None):

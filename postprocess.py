@@ -5,7 +5,8 @@
 Boxes are float32 [n, 4]: x1, y1, x2, y2 in pixels of the resized picture; width = x2 - x1. A level is one map of the
 feature pyramid, the finest first; its stride is the distance in pixels between two neighbouring cells. `settings` are
 the classes of detectors/settings.py, whose fields say what they mean. Every function computes what MMDetection 2.28
-computes, with the same float32 operations in the same order wherever that order decides which box survives.
+computes, with the same float32 operations in the same order wherever that order decides which box survives; with
+other settings, what torchvision computes.
 
 The papers: Faster R-CNN (arXiv 1506.01497), FPN (1612.03144), Mask R-CNN (1703.06870), R-CNN (1311.2524).
 """
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_LOG_SCALE = np.float32(abs(np.log(16 / 1000)))  # a box grows or shrinks by no more than this, see decode_boxes
+MAX_LOG_SCALE = np.float32(abs(np.log(16 / 1000)))  # how much a box grows or shrinks at most, see decode_boxes
 NMS_BLOCK = 64  # boxes handled at a time: bounds the memory of the IoU matrix, does not change the result
 NMS_SPLIT = 10_000  # from this many boxes on, mmcv runs its NMS once for each group instead of once for all
 
@@ -84,8 +85,9 @@ def decode_boxes(boxes, deltas, settings, image_size=None):
 
     With a box's centre (x_a, y_a) and size (w_a, h_a), and (t_x, t_y, t_w, t_h) = deltas * stds + means:
         x = x_a + w_a t_x        w = w_a exp(t_w)        and likewise y and h.
-    t_w and t_h are clipped to +-log(1000 / 16), so that exp cannot overflow. `image_size` (height, width) clips the
-    result to the picture. Faster R-CNN, section 3.1.2, equation 2; R-CNN, appendix C.
+    t_w and t_h are clipped to +-log(1000 / 16), so that exp cannot overflow (with `shrinks_freely`, from above only).
+    `image_size` (height, width) clips the result to the picture.
+    Faster R-CNN, section 3.1.2, equation 2; R-CNN, appendix C.
     """
     deltas = deltas * np.float32(settings.stds) + np.float32(settings.means)
     smallest = -np.inf if settings.shrinks_freely else -MAX_LOG_SCALE
@@ -154,8 +156,9 @@ def soft_nms(boxes, scores, iou_threshold, min_score):
 
 
 def moved_apart(boxes, groups, settings):
-    """Return boxes [n, 4] moved such that those of different groups [n] cannot overlap, if NMS is to see them so."""
-    if settings.nms_class_agnostic or len(boxes) > settings.nms_moved:
+    """Return boxes [n, 4] as NMS sees them: each group [n] at a place of its own, unless there are too many boxes."""
+    limit = settings.nms_moved_up_to
+    if settings.nms_class_agnostic or (limit is not None and len(boxes) > limit):
         return boxes
     place = (groups[:, None] + settings.nms_first_group).astype(np.float32)
     return boxes + place * (boxes.max() + np.float32(1))

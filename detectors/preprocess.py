@@ -15,7 +15,7 @@ class Picture(NamedTuple):
 
 
 def preprocess(image, settings):
-    """Return an image [h, w, 3] uint8 BGR as a Picture: resized, normalised and padded.
+    """Return an image [h, w, 3] uint8 BGR as a Picture: resized and normalised (or the other way round), and padded.
 
     ValueError if it is not such an image, or so thin that nothing of it would be left.
     """
@@ -24,7 +24,8 @@ def preprocess(image, settings):
     height, width = image.shape[:2]
     long_side, short_side = max(settings.scale), min(settings.scale)
     factor = min(long_side / max(height, width), short_side / min(height, width))
-    half = 0 if settings.normalize_first else 0.5  # rounded down, or to the nearest pixel
+    # Its sides are rounded to the nearest pixel, or down.
+    half = 0 if settings.normalize_first else 0.5
     size = (int(width * factor + half), int(height * factor + half)) if settings.keep_ratio else tuple(settings.scale)
     if min(size) < 1:
         raise ValueError(

@@ -38,7 +38,7 @@ class Preprocess(Settings, kw_only=True):
 
     scale: Tuple[Count, Count]  # upper limits of its long and of its short side
     keep_ratio: bool = True  # False: resized to exactly this width and height
-    normalize_first: bool = False  # False: resized as bytes, with rounded sides, then normalised
+    normalize_first: bool = False  # normalised, then resized in float32, sides rounded down; False: see preprocess
     mean: Tuple[Number, Number, Number]  # of each channel, 0 to 255: subtracted, then divided by std
     std: Tuple[Positive, Positive, Positive]
     to_rgb: bool  # the network takes red first; OpenCV reads blue first
@@ -72,8 +72,8 @@ class Stage(Settings, kw_only=True):
     score_threshold: Number = -1  # boxes are dropped unless their score is above it
     iou_threshold: Number  # of NMS, level by level (proposals) or class by class (detections)
     nms_class_agnostic: bool = False  # NMS runs over the boxes of all classes together
-    nms_first_group: Points = 0  # what it calls the first level or class, see moved_apart
-    nms_moved: Count = 10**6  # the groups are moved apart if there are no more boxes than this
+    nms_first_group: Points = 0  # what NMS calls the first level or class, see moved_apart
+    nms_moved_up_to: Optional[Count] = None  # they are moved apart for no more boxes than this; None: always
     soft_min_score: Optional[Number] = None  # Soft-NMS: below it a box is removed
     max_per_img: Count  # at most this many boxes are kept, the best
 

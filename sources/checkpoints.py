@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 import socket
 from http.client import HTTPException
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from detectors import one_line
 from sources import SourceError
 
+NO_WEIGHTS = ("classes", "meta")  # what may stand among the weights
 STALL = 60  # seconds without a byte after which a download is given up
 
 
@@ -55,6 +57,8 @@ def load_checkpoint(path, trust):
         ) from error
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise SourceError(f"{path} is not a checkpoint of PyTorch: {one_line(error)}") from error
+    if isinstance(checkpoint, torch.nn.Module):
+        raise SourceError(f"{path} holds a whole model: save its state_dict() instead")
     if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in weights_in(checkpoint)):
         raise SourceError(f"{path} holds no state dict")
     return checkpoint
@@ -62,9 +66,10 @@ def load_checkpoint(path, trust):
 
 def weights_in(checkpoint):
     """Return the state dict in a checkpoint, {name: tensor}: it is one, or training put one into it."""
-    for key in ("state_dict", "model"):  # MMDetection's training; torchvision's
+    for key in ("state_dict", "model", "model_state_dict"):  # of MMDetection, torchvision, PyTorch's tutorials
         checkpoint = checkpoint[key] if isinstance(checkpoint.get(key), dict) else checkpoint
-    return {name[7:] if str(name).startswith("module.") else name: value for name, value in checkpoint.items()}
+    wrapped = re.compile(r"^(module|model)\.")  # by DataParallel, by Lightning
+    return {wrapped.sub("", name) if isinstance(name, str) else name: value for name, value in checkpoint.items()}
 
 
 def is_plain(value):
@@ -77,7 +82,7 @@ def is_plain(value):
 def load_weights(model, state, path):
     """Load the state dict of a checkpoint into a model; refuse it if any is missing, left over or of another shape."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name != "meta"}
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name not in NO_WEIGHTS}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}  # unused, and absent in old files
     problems = [f"{name} is missing" for name in expected if name not in found and name not in counters]
     problems += [f"{name} is left over" for name in found if name not in expected]

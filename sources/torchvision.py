@@ -7,6 +7,7 @@ exported head has it last; so a label is a position in the list of classes, and 
 import ast
 import copy
 import hashlib
+import re
 from pathlib import Path
 from typing import Tuple
 
@@ -44,6 +45,7 @@ FROZEN_EPS = {  # of the frozen batch normalisation in what each builder's own w
     "fasterrcnn_mobilenet_v3_large_fpn": 1e-5,
     "fasterrcnn_mobilenet_v3_large_320_fpn": 1e-5,
 }
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 OPTIONS = {  # the builders' arguments that change what is detected
     "min_size": Count,
     "max_size": Count,
@@ -53,13 +55,17 @@ OPTIONS = {  # the builders' arguments that change what is detected
     "image_std": Tuple[Positive, Positive, Positive],
     "rpn_pre_nms_top_n_test": Count,
     "rpn_post_nms_top_n_test": Count,
-    "rpn_nms_thresh": Number,
+    "rpn_nms_thresh": Share,
     "rpn_score_thresh": Number,
     "box_score_thresh": Number,
-    "box_nms_thresh": Number,
+    "box_nms_thresh": Share,
     "box_detections_per_img": Count,
     "bbox_reg_weights": Tuple[Positive, Positive, Positive, Positive],
-    "frozen_eps": Annotated[float, msgspec.Meta(ge=0, le=1)],  # no argument of theirs, see build_model
+    "frozen_eps": Share,  # no argument of theirs, see frozen_eps
+}
+OLD_NAMES = {  # of layers before torchvision 0.13, which most of its own files have, and what they are called today
+    r"^(rpn\.head\.conv)\.(weight|bias)$": r"\1.0.0.\2",
+    r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$": r"\1.0.\2",
 }
 MOVED_BY_NMS = 1000  # torchvision.ops.batched_nms moves the classes apart for no more boxes than this, on a CPU
 SMALLEST_BOX = 1e-2  # side of a detection in the resized picture, a constant inside RoIHeads
@@ -72,6 +78,8 @@ def load(builder, checkpoint, trust=False, names=None, options=()):
     """
     if builder not in FROZEN_EPS:
         raise SourceError(f"torchvision:{builder} cannot be exported; supported: {', '.join(FROZEN_EPS)}")
+    if tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 16):
+        raise SourceError(f"torchvision {torchvision.__version__} resizes pictures to other sizes: use 0.16 or newer")
     arguments = dict(read_option(*option) for option in options)
     weights = get_model_weights(builder).DEFAULT
     if checkpoint is None:
@@ -95,12 +103,12 @@ def as_source(model, classes, origin):
     def detect(picture, score_threshold=None):
         return reference(model, picture, score_threshold)
 
-    pair = networks(model)
-    strides = strides_of(model, pair["model1.onnx"].example)
+    image = torch.randn(1, 3, 256, 320)
     try:
-        return Source(pair, describe(model, strides, classes, origin), detect)
+        settings = describe(model, strides_of(model, image), classes, origin)
     except SettingsError as error:
         raise SourceError(f"this model cannot be exported: {error}") from error
+    return Source(networks(model, image), settings, detect)
 
 
 # ---------------------------------------------------------------------- checkpoint, classes, model
@@ -109,34 +117,51 @@ def as_source(model, classes, origin):
 def read_option(name, text):
     """Return an argument of a builder and its value; SourceError if it has no such value or cannot be set."""
     if name not in OPTIONS:
-        raise SourceError(
-            f"--set {name}: not an argument that changes what is detected; these are: {', '.join(OPTIONS)}"
-        )
+        raise SourceError(f"--set {name}: cannot be set; these can: {', '.join(OPTIONS)}")
     try:
         return name, msgspec.convert(ast.literal_eval(text), OPTIONS[name], strict=True)
     except msgspec.ValidationError as error:
         raise SourceError(f"--set {name}={text}: {one_line(error)}") from error
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise SourceError(f"--set {name}={text}: not a number, or numbers as in [1, 2]") from error
 
 
 def build_model(builder, arguments, content, path):
     """Return torchvision's model with the weights of a checkpoint, in evaluation mode."""
-    state = weights_in(content)
+    state = renamed(weights_in(content))
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
-    if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
-        raise SourceError(f"{path} holds no Faster R-CNN of torchvision: roi_heads.box_predictor.cls_score is missing")
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) < 2:
+        raise SourceError(f"{path} holds no Faster R-CNN of torchvision: it lacks roi_heads.box_predictor.cls_score")
     known = {name: value for name, value in arguments.items() if name != "frozen_eps"}
     # Without weights torchvision builds BatchNorm2d where a trained model has FrozenBatchNorm2d, which counts nothing.
-    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=len(scores), **known).eval()
+    try:
+        model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=len(scores), **known).eval()
+    except (RuntimeError, MemoryError) as error:  # a small file may claim billions of classes
+        raise SourceError(f"{path}: {builder} with {len(scores)} classes cannot be built: {one_line(error)}") from error
     load_weights(model, state, path)
     if not any(name.endswith("num_batches_tracked") for name in state):
-        eps = arguments.get("frozen_eps", FROZEN_EPS[builder])
-        print(f"frozen batch normalisation with eps {eps}; if it was trained with another: --set frozen_eps=...")
-        replace_norms(model, FrozenBatchNorm2d, eps)
+        replace_norms(model, FrozenBatchNorm2d, frozen_eps(builder, arguments))
     elif "frozen_eps" in arguments:
         raise SourceError(f"--set frozen_eps: {path} holds no frozen batch normalisation")
     return model
+
+
+def frozen_eps(builder, arguments):
+    """Return the eps of frozen batch normalisation, which is in no checkpoint; say so where it has to be assumed."""
+    if "frozen_eps" in arguments:
+        return arguments["frozen_eps"]
+    print(
+        f"frozen batch normalisation: eps {FROZEN_EPS[builder]:g} assumed, as in torchvision's own weights and what is "
+        "fine-tuned from them; if trained from an ImageNet backbone: --set frozen_eps=1e-5"
+    )
+    return FROZEN_EPS[builder]
+
+
+def renamed(state):
+    """Return a state dict with the names that torchvision gives today."""
+    for old, new in OLD_NAMES.items():
+        state = {re.sub(old, new, name): value for name, value in state.items()}
+    return state
 
 
 def replace_norms(model, kind, eps=None):
@@ -152,17 +177,16 @@ def replace_norms(model, kind, eps=None):
 def class_names(names, content, weights, model):
     """Return the names of a model's classes: those given, or the checkpoint's, or those of torchvision's weights."""
     number = model.roi_heads.box_predictor.cls_score.out_features
-    if names is None:
-        names = content.get("classes")
-    if not isinstance(names, (list, tuple)) and len(weights.meta["categories"]) == number:
-        names = ["" if name == "N/A" else name for name in weights.meta["categories"]]
-    names = list(names) if isinstance(names, (list, tuple)) else []
+    names = names or content.get("classes")
+    if not isinstance(names, (list, tuple)):
+        names = weights.meta["categories"] if len(weights.meta["categories"]) == number else []
+    names = ["" if name == "N/A" else name for name in names]  # a number that COCO never gave to a class
     if names[:1] == ["__background__"]:
         names = names[1:]
     if len(names) != number - 1:
         raise SourceError(
-            f"the model has {number - 1} classes and a background, but {len(names)} names: give them with --classes "
-            "FILE, a name a line"
+            f"the model has {number - 1} classes beside the background, but {len(names)} names: give them with "
+            "--classes FILE, a name a line"
         )
     return names
 
@@ -209,12 +233,11 @@ def rows(layer, chosen):
     return new
 
 
-def networks(model):
-    """Return the two networks by the names of their files."""
+def networks(model, image):
+    """Return the two networks by the names of their files; image: an example of the first one's input."""
     model = copy.deepcopy(model)
     replace_norms(model, torch.nn.BatchNorm2d)  # which the exporter folds into the convolution before it
     pool = model.roi_heads.box_roi_pool
-    image = torch.randn(1, 3, 256, 320)
     levels = range(len(model.rpn.anchor_generator.sizes))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
     roi_feats = torch.randn(2, model.backbone.out_channels, *pool.output_size)
@@ -280,9 +303,9 @@ def describe_proposals(rpn, strides):
         nms_pre=rpn._pre_nms_top_n["testing"],
         rank_logits=True,
         min_bbox_size=just_below(rpn.min_size),
-        score_threshold=just_below(rpn.score_thresh),
-        iou_threshold=rpn.nms_thresh,
-        nms_moved=MOVED_BY_NMS,
+        score_threshold=just_below(rpn.score_thresh) if rpn.score_thresh > 0 else -1,
+        iou_threshold=as_float32(rpn.nms_thresh),
+        nms_moved_up_to=MOVED_BY_NMS,
         max_per_img=rpn._post_nms_top_n["testing"],
     )
 
@@ -295,6 +318,11 @@ def describe_coder(coder):
 def just_below(limit):
     """Return the float32 before a limit: what is above it is what is not below the limit."""
     return float(np.nextafter(np.float32(limit), np.float32(-np.inf)))
+
+
+def as_float32(limit):
+    """Return what a float32 is above exactly where it is above a double: torchvision's NMS compares IoUs with one."""
+    return just_below(limit) if np.float32(limit) > limit else limit
 
 
 def describe_rois(pool, strides):
@@ -316,10 +344,10 @@ def describe_head(heads):
         class_agnostic=False,
         min_bbox_size=just_below(SMALLEST_BOX),
         score_threshold=heads.score_thresh,
-        iou_threshold=heads.nms_thresh,
+        iou_threshold=as_float32(heads.nms_thresh),
         nms_resized=True,
         nms_first_group=1,
-        nms_moved=MOVED_BY_NMS,
+        nms_moved_up_to=MOVED_BY_NMS,
         max_per_img=heads.detections_per_img,
     )
 

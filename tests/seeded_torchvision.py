@@ -1,5 +1,7 @@
 """torchvision's Faster R-CNNs with seeded weights, see seeded.py."""
 
+import re
+
 import numpy as np
 import torch
 from seeded import make_heads_discriminate, normalise, scale_to_unit
@@ -12,13 +14,23 @@ from torchvision.models.resnet import Bottleneck
 def write_checkpoint(builder, path, image, num_classes=91, **arguments):
     """Write the state dict of a builder's model, seeded such that it discriminates in an image; return its path.
 
-    image: [h, w, 3] uint8 BGR. As in torchvision's own files, only the second version has counting batch norms.
+    image: [h, w, 3] uint8 BGR. As in torchvision's own files, only the second version has counting batch norms, and the
+    names that the others were written with are those of an older torchvision.
     """
     state = seeded_model(builder, image, num_classes, **arguments).state_dict()
     if not builder.endswith("_v2"):
-        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        state = {old_name(name): state[name] for name in state if not name.endswith("num_batches_tracked")}
     torch.save(state, path)
     return path
+
+
+def old_name(name):
+    """Return what torchvision called a weight before it wrapped the convolutions of RPN and FPN into blocks."""
+    return (
+        name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        if "rpn" in name
+        else re.sub(r"(fpn\.(inner|layer)_blocks\.\d)\.0\.", r"\1.", name)
+    )
 
 
 def seeded_model(builder, image, num_classes=91, **arguments):

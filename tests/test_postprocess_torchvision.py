@@ -39,10 +39,12 @@ PREPROCESS = Preprocess(
 SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 ANCHORS = replace(PROPOSALS.anchors, base_sizes=SIZES, scales=(1,), ratios=RATIOS, rounded=True, strides_of_maps=True)
 MINIMUM = float(np.nextafter(np.float32(1e-3), np.float32(0)))
-RPN = replace(PROPOSALS, anchors=ANCHORS, shrinks_freely=True, rank_logits=True, min_bbox_size=MINIMUM, nms_moved=1000)
+RPN = replace(
+    PROPOSALS, anchors=ANCHORS, shrinks_freely=True, rank_logits=True, min_bbox_size=MINIMUM, nms_moved_up_to=1000
+)
 BOX_HEAD = replace(
     HEAD, shrinks_freely=True, min_bbox_size=float(np.nextafter(np.float32(1e-2), np.float32(0))),
-    nms_resized=True, nms_first_group=1, nms_moved=1000,
+    nms_resized=True, nms_first_group=1, nms_moved_up_to=1000,
 )  # fmt: skip
 
 
@@ -131,6 +133,29 @@ class Maps(torch.nn.Module):
         return self.maps
 
 
+def pairs_near_the_threshold(rng, count, image_size):
+    """Return boxes, each of them beside one of half its area, and rounding decides whether their IoU is above 0.5.
+
+    Coordinates are multiples of 2^-12, with which all is exact until NMS moves the boxes.
+    """
+    height, width = image_size
+    sizes = rng.integers(60 * 4096, 200 * 4096, (count, 2))
+    corners = rng.integers(0, np.array([width, height]) * 4096 - sizes)
+    halves = np.stack([sizes[:, 0] // 2 + rng.integers(-30, 31, count), sizes[:, 1]], axis=1)
+    boxes = np.stack([np.c_[corners, corners + sizes], np.c_[corners, corners + halves]], axis=1).reshape(-1, 4)
+    return (boxes / 4096).astype(np.float32)
+
+
+def test_nms_equals_torchvision_where_rounding_decides():
+    rng = np.random.default_rng(0)
+    boxes, scores = pairs_near_the_threshold(rng, 450, (765, 1000)), distinct_scores(rng, 900)
+    groups = np.repeat(rng.integers(0, 80, 450), 2)
+    found = [batched_nms(boxes, scores, groups, settings)[0].tolist() for settings in (BOX_HEAD, HEAD)]
+    tensors = (torch.from_numpy(array) for array in (boxes, scores, groups + 1))
+    assert found[0] == ops.batched_nms(*tensors, 0.5).tolist()
+    assert found[0] != found[1]  # MMDetection's numbers of the classes round differently
+
+
 def region_proposal_network(cls, reg, **options):
     """Return torchvision's RegionProposalNetwork for these maps."""
     generator = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)
@@ -156,7 +181,8 @@ def proposals(spread, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"nms_pre": 150, "max_per_img": 100}, {"iou_threshold": 0.5}, {"score_threshold": 0.95}]
+    "options",
+    [{}, {"nms_pre": 150, "max_per_img": 100}, {"iou_threshold": 0.5}, {"score_threshold": 0.95, "max_per_img": 5000}],
 )
 def test_proposals_equal_torchvision(options):
     found, expected = proposals(1, **options)
@@ -199,6 +225,30 @@ def test_levels_and_features_equal_torchvision():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def own_detections(cls, reg, rois, image_size, size, score_threshold=0.05):
+    """Return what torchvision makes of the outputs of a head, the background first, for a picture of a size."""
+    heads = RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, None, score_threshold, 0.5, 100).eval()
+    tensors = (torch.from_numpy(array) for array in (cls, reg))
+    boxes, scores, labels = heads.postprocess_detections(*tensors, [torch.from_numpy(rois)], [image_size])
+    transform = GeneralizedRCNNTransform(800, 1333, MEAN, STD).eval()
+    boxes = transform.postprocess([{"boxes": boxes[0]}], [image_size], [size])[0]["boxes"]
+    return Detections(boxes.numpy(), scores[0].numpy(), labels[0].numpy() - 1)
+
+
+def test_detections_equal_torchvision_where_rounding_decides():
+    """NMS sees the boxes in the resized picture, in which coordinates are exact."""
+    rng, image_size, size = np.random.default_rng(0), (765, 1000), (480, 627)
+    rois, labels = pairs_near_the_threshold(rng, 45, image_size), np.repeat(rng.integers(0, 80, 45), 2)
+    cls = np.full((90, 81), -9, np.float32)
+    cls[np.arange(90), labels + 1] = rng.permutation(np.linspace(0, 5, 90))
+    reg = np.zeros((90, 324), np.float32)
+    picture = Picture(None, image_size, np.float32([1000 / 627, 765 / 480] * 2))
+    heads = BOX_HEAD, replace(BOX_HEAD, nms_resized=False)
+    found = [detect(np.roll(cls, -1, axis=1), reg[:, 4:], rois, picture, head) for head in heads]
+    assert_equal_detections(found[0], own_detections(cls, reg, rois, image_size, size), pixels=1e-3)
+    assert len(found[0].boxes) != len(found[1].boxes)
+
+
 @pytest.mark.parametrize("count", [40, 1000])  # hundreds of candidates, which NMS moves apart, and thousands
 @pytest.mark.parametrize("score_threshold", [0.05, 0.3])
 def test_detections_equal_torchvision(count, score_threshold):
@@ -207,13 +257,7 @@ def test_detections_equal_torchvision(count, score_threshold):
         rois, classes, image_size = random_boxes(rng, count, 1000, 765, count // 10), 12, (765, 1000)
         cls = rng.normal(0, 3, (count, classes + 1)).astype(np.float32)  # the background first
         reg = rng.normal(0, 1.5, (count, 4 * (classes + 1))).astype(np.float32)
-        heads = RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, None, score_threshold, 0.5, 100).eval()
-        tensors = (torch.from_numpy(array) for array in (cls, reg))
-        boxes, scores, labels = heads.postprocess_detections(*tensors, [torch.from_numpy(rois)], [image_size])
-        transform = GeneralizedRCNNTransform(800, 1333, MEAN, STD).eval()
-        boxes = transform.postprocess([{"boxes": boxes[0]}], [image_size], [(480, 627)])[0]["boxes"]
-        expected = Detections(boxes.numpy(), scores[0].numpy(), labels[0].numpy() - 1)
-
+        expected = own_detections(cls, reg, rois, image_size, (480, 627), score_threshold)
         picture = Picture(None, image_size, np.float32([1000 / 627, 765 / 480] * 2))
         settings = replace(BOX_HEAD, score_threshold=score_threshold)
         found = detect(np.roll(cls, -1, axis=1), reg[:, 4:], rois, picture, settings)
