@@ -253,9 +253,8 @@ def read_names(path):
     except UnicodeDecodeError as error:
         raise sources.SourceError(f"{path} is not a list of names: {one_line(error)}") from error
     names = [line.strip() for line in lines if line.strip()]
-    twice = [name for number, name in enumerate(names) if name in names[:number]]
-    if not names or twice:
-        raise sources.SourceError(f"{path} holds {f'{twice[0]} twice' if twice else 'no names'}")
+    if not names:
+        raise sources.SourceError(f"{path} holds no names")
     return names
 
 

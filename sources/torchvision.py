@@ -8,6 +8,7 @@ import ast
 import copy
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Tuple
 
@@ -188,6 +189,9 @@ def class_names(names, content, weights, model):
             f"the model has {number - 1} classes beside the background, but {len(names)} names: give them with "
             "--classes FILE, a name a line"
         )
+    twice = [name for name, times in Counter(filter(None, map(str, names))).items() if times > 1]
+    if twice:
+        raise SourceError(f"{len(twice)} names stand for more than one class, the first is {twice[0]}")
     return names
 
 
@@ -322,7 +326,7 @@ def just_below(limit):
 
 def as_float32(limit):
     """Return what a float32 is above exactly where it is above a double: torchvision's NMS compares IoUs with one."""
-    return just_below(limit) if np.float32(limit) > limit else limit
+    return just_below(limit) if float(np.float32(limit)) > limit else limit
 
 
 def describe_rois(pool, strides):
