@@ -231,13 +231,8 @@ def draw_anchors(p):
         f"the base size of its level. That makes {listed(counts)} on {level_names(levels)}. Each panel shows the "
         "anchors of three cells, with a cross in their centre. Coarse levels have few anchors, and large ones."
     )
-    return Page(
-        "2_anchors",
-        caption,
-        text,
-        "postprocess.level_anchors, postprocess.base_anchors, postprocess.grid_anchors",
-        figure,
-    )
+    functions = "postprocess.level_anchors, postprocess.base_anchors, postprocess.grid_anchors"
+    return Page("2_anchors", caption, text, functions, figure)
 
 
 def extent_of(anchors, stride):

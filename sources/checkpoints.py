@@ -59,15 +59,18 @@ def load_checkpoint(path, trust):
         raise SourceError(f"{path} is not a checkpoint of PyTorch: {one_line(error)}") from error
     if isinstance(checkpoint, torch.nn.Module):
         raise SourceError(f"{path} holds a whole model: save its state_dict() instead")
-    if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in weights_in(checkpoint)):
+    state = weights_in(checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise SourceError(f"{path} holds no state dict")
     return checkpoint
 
 
 def weights_in(checkpoint):
-    """Return the state dict in a checkpoint, {name: tensor}: it is one, or training put one into it."""
+    """Return the state dict in a checkpoint, {name: tensor}, or what stands in its place: training wraps it or not."""
     for key in ("state_dict", "model", "model_state_dict"):  # of MMDetection, torchvision, PyTorch's tutorials
-        checkpoint = checkpoint[key] if isinstance(checkpoint.get(key), dict) else checkpoint
+        checkpoint = checkpoint.get(key, checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(checkpoint, dict):
+        return checkpoint
     wrapped = re.compile(r"^(module|model)\.")  # by DataParallel, by Lightning
     return {wrapped.sub("", name) if isinstance(name, str) else name: value for name, value in checkpoint.items()}
 

@@ -400,6 +400,7 @@ def test_checkpoints_that_do_not_fit(checkpoints, shapes_checkpoint, tmp_path):
             {**state, "roi_heads.box_predictor.cls_score.weight": torch.zeros(1).expand(10**10, 8)},
             ["cannot be built"],
         ),
+        "number.pth": ({"model": 5}, ["holds no state dict"]),
         "scalar.pth": ({**state, "roi_heads.box_predictor.cls_score.weight": torch.tensor(1.0)}, ["holds no Faster"]),
         "nan.pth": ({**state, "rpn.head.cls_logits.bias": torch.full((15,), np.nan)}, ["cls_logits.bias holds NaN"]),
         "more.pth": ({**state, "roi_heads.mask_head.weight": torch.zeros(1)}, ["mask_head.weight is left over"]),
