@@ -213,7 +213,10 @@ def test_both_files_have_the_names_that_every_pair_has(builder, exports):
     assert outputs == [[f"{kind}_{level}" for kind in ("cls", "reg", "feat") for level in levels], ["cls", "reg"]]
     lines = (exports(builder) / "printed.txt").read_text().splitlines()
     assert sum(line.endswith("  True") for line in lines) == 3 * len(levels) + 2 + 2
-    assert load(exports(builder)).settings.source["builder"] == builder
+    settings = load(exports(builder)).settings
+    assert settings.source["builder"] == builder
+    # Two maps of the MobileNets have the stride 32; MultiScaleRoIAlign, which finds levels by stride, reads the first.
+    assert settings.rois.strides == ((4, 8, 16, 32) if len(levels) == 5 else (32,))
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
