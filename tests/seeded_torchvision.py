@@ -11,13 +11,13 @@ from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 
 
-def write_checkpoint(builder, path, image, num_classes=91, **arguments):
+def write_checkpoint(builder, path, image, num_classes=91):
     """Write the state dict of a builder's model, seeded such that it discriminates in an image; return its path.
 
     image: [h, w, 3] uint8 BGR. As in torchvision's own files, only the second version has counting batch norms, and the
     names that the others were written with are those of an older torchvision.
     """
-    state = seeded_model(builder, image, num_classes, **arguments).state_dict()
+    state = seeded_model(builder, image, num_classes).state_dict()
     if not builder.endswith("_v2"):
         state = {old_name(name): state[name] for name in state if not name.endswith("num_batches_tracked")}
     torch.save(state, path)
@@ -33,10 +33,10 @@ def old_name(name):
     )
 
 
-def seeded_model(builder, image, num_classes=91, **arguments):
+def seeded_model(builder, image, num_classes=91):
     """Return a builder's model, seeded such that it discriminates in an image [h, w, 3] uint8 BGR."""
     torch.manual_seed(0)
-    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes, **arguments).eval()
+    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes).eval()
     for block in model.modules():
         if isinstance(block, Bottleneck):
             torch.nn.init.constant_(block.bn3.weight, 0.2)
