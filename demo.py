@@ -59,7 +59,7 @@ def print_table(found, classes):
     """Print the Detections, one a line."""
     width = max([len(name) for name in classes] + [5])
     print(f"{'class':{width}}  score       x1       y1       x2       y2")
-    for box, score, label in zip(*found):
+    for box, score, label in zip(found.boxes, found.scores, found.labels):
         print(f"{classes[label]:{width}}  {score:.3f} " + " ".join(f"{side:8.1f}" for side in box))
 
 

@@ -1,4 +1,4 @@
-"""Measure an exported detector on a data set with COCO's annotations: COCO's twelve numbers.
+"""Measure an exported detector on a data set with COCO's annotations: COCO's twelve numbers, of boxes and of masks.
 
 python evaluate.py ANNOTATIONS FOLDER                  detect in every picture that the file names, then evaluate
 python evaluate.py ANNOTATIONS FOLDER --resume         go on after an interruption
@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import List, Literal, Optional, Tuple
+from typing import Any, List, Literal, Optional, Tuple
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported; 1.6 GB as float32
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised, and reported by us
@@ -74,6 +74,7 @@ class Annotation(msgspec.Struct):
     bbox: Tuple[Finite, Finite, Finite, Finite]  # x, y, width, height
     area: Finite
     iscrowd: Literal[0, 1]
+    segmentation: Any = None  # polygons, or a run-length encoding; needed for masks only
 
 
 class Annotations(msgspec.Struct):
@@ -106,6 +107,27 @@ def read_annotations(path):
     return coco
 
 
+def kinds_of(coco, settings):
+    """Return what can be evaluated: boxes, and masks if detector and annotations have them.
+
+    EvaluationError if an annotation has no mask that pycocotools can read; it would fail only after the last picture.
+    """
+    if not hasattr(settings, "masks") or not coco.anns:
+        return ["bbox"]
+    if not any(annotation.get("segmentation") for annotation in coco.anns.values()):
+        print("the annotations have no masks: only boxes are evaluated")
+        return ["bbox"]
+    for annotation in coco.anns.values():
+        try:
+            coco.annToRLE(annotation)
+        except Exception as error:  # whatever it stumbles over
+            raise EvaluationError(
+                f"an annotation of image {annotation['image_id']} has no mask that pycocotools can read "
+                f"({type(error).__name__}: {one_line(error)})"
+            ) from error
+    return ["bbox", "segm"]
+
+
 def category_ids(coco, classes):
     """Return the category id of each class that has a name, by its label: COCO's ids have gaps."""
     ids = {category["name"]: category["id"] for category in coco.cats.values()}
@@ -120,6 +142,13 @@ def category_ids(coco, classes):
 # ---------------------------------------------------------------------- the partial file
 
 
+class Mask(msgspec.Struct):
+    """A mask of a picture, see detectors/rle.py."""
+
+    size: Tuple[int, int]
+    counts: str
+
+
 class Entry(msgspec.Struct):
     """A detection, as COCO's list of results has it."""
 
@@ -127,6 +156,7 @@ class Entry(msgspec.Struct):
     category_id: int
     bbox: Tuple[float, float, float, float]
     score: float
+    segmentation: Optional[Mask] = None
 
 
 class Record(msgspec.Struct):
@@ -243,10 +273,15 @@ def detect_all(detector, ids, images, done, folder, partial):
 # ---------------------------------------------------------------------- COCO's numbers
 
 
-def evaluate(coco, path, ids):
-    """Return pycocotools' evaluation of the results in a file, for the categories with these ids."""
+def evaluate(coco, results, kind, ids):
+    """Return pycocotools' evaluation of COCO's list of results, for the categories with these ids.
+
+    kind: "bbox" or "segm". Of masks pycocotools must not see the boxes: it would take their areas for the masks'.
+    """
+    if kind == "segm":
+        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(coco, coco.loadRes(str(path)), "bbox")
+        evaluation = COCOeval(coco, coco.loadRes(results), kind)
         evaluation.params.catIds = ids
         evaluation.evaluate()
         evaluation.accumulate()
@@ -272,13 +307,17 @@ def print_class_precision(coco, evaluation):
         print(f"{coco.cats[category]['name']:{width}}  " + "  ".join(f"{average:.3f}" for average in averages))
 
 
-def report(coco, path, ids, per_class):
-    """Print the twelve numbers of the results in a file and, if wanted, a line for each class."""
+def report(coco, path, kinds, ids, per_class):
+    """Print the twelve numbers of the results in a file for each kind and, if wanted, a line for each class."""
     if coco.getAnnIds(catIds=ids):
-        evaluation = evaluate(coco, path, ids)
-        evaluation.summarize()  # prints them
-        if per_class:
-            print_class_precision(coco, evaluation)
+        results = msgspec.json.decode(path.read_bytes())
+        for kind in kinds:
+            if len(kinds) > 1:
+                print({"bbox": "boxes:", "segm": "masks:"}[kind])
+            evaluation = evaluate(coco, results, kind, ids)
+            evaluation.summarize()  # prints them
+            if per_class:
+                print_class_precision(coco, evaluation)
     else:
         print("the annotation file has no annotations of the model's classes, so there is nothing to measure")
     print(f"written: {path}")
@@ -328,7 +367,7 @@ def run(args):
         raise EvaluationError(f"{args.folder} is not a folder")
     images = [coco.imgs[image_id] for image_id in sorted(coco.imgs)]
     detector = load(args.model)
-    ids = category_ids(coco, detector.classes)
+    ids, kinds = category_ids(coco, detector.classes), kinds_of(coco, detector.settings)
     print(f"model: {args.model} ({len(ids)} classes), {len(images)} pictures in {args.annotations}")
     if len(coco.cats) > len(ids):
         print(f"{len(coco.cats) - len(ids)} categories that the model does not know are left out")
@@ -350,7 +389,7 @@ def run(args):
         paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
         known = list(ids.values())
         failures = merge(paths, header, images, args.out, may_be_empty=not coco.getAnnIds(catIds=known))
-        report(coco, args.out / "detections.json", known, args.per_class)
+        report(coco, args.out / "detections.json", kinds, known, args.per_class)
         if path.exists() and not failures:  # with it, --resume tries only the failed ones again
             path.unlink()
     if failures:

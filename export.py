@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 warnings.filterwarnings("ignore")  # about deprecations and tracing: the verification says what matters
@@ -33,7 +34,7 @@ try:
     import torch
 
     import sources
-    from detectors import ModelError, load, one_line
+    from detectors import ModelError, load, one_line, rle
     from detectors.preprocess import preprocess
     from detectors.settings import changed, write
     from pictures import read_picture, run_program
@@ -45,6 +46,7 @@ else:
 HERE = Path(__file__).resolve().parent
 OUTPUT_TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-6  # the latter is some twenty units in the last place of a float32
 BOX_TOLERANCE, SCORE_TOLERANCE = 1e-2, 1e-4  # boxes in pixels
+MASK_IOU, MASK_PIXELS = 0.999, 3  # masks are equal at this IoU, or if no more pixels differ
 
 
 # ---------------------------------------------------------------------- write
@@ -105,7 +107,7 @@ def replayed(array, axes, divisor):
 
     array [N, C, H, W]; axes: those that are dynamic; divisor: of H and W.
     """
-    if 2 not in axes:
+    if 3 not in axes:  # not a picture
         return [array[:7], array[:100]]
     half = array[..., ::2, ::2].swapaxes(2, 3)  # upright where the first one lies
     half = np.pad(half, [(0, 0), (0, 0), *[(0, -side % divisor) for side in half.shape[2:]]])
@@ -127,7 +129,7 @@ def compare_outputs(network, run, inputs):
 
 def verify_outputs(source, detector, stages):
     """Print a line for every output of every network, on what it got in a picture; return the names of what differs."""
-    different = []
+    different, outputs = [], Counter(output for network in source.networks.values() for output in network.outputs)
     for name, network in source.networks.items():
         ((tensor, axes),) = network.inputs.items()
         array = stages[Path(name).stem][tensor]
@@ -139,40 +141,49 @@ def verify_outputs(source, detector, stages):
         rows = compare_outputs(network, detector.networks[name], inputs)
         for output, (shape, difference, magnitude) in zip(network.outputs, rows):
             equal = bool(difference < max(OUTPUT_TOLERANCE, RELATIVE_TOLERANCE * magnitude))
-            print(f"{output:8} {shape!s:22} {difference:.1e} of {magnitude:.1e}  {equal}")
-            different += [] if equal else [output]
+            label = output if outputs[output] == 1 else f"{Path(name).stem}.{output}"  # of several heads
+            print(f"{label:8} {shape!s:22} {difference:.1e} of {magnitude:.1e}  {equal}")
+            different += [] if equal else [label]
     return different
 
 
-def compare_detections(ours, reference):
-    """Pair Detections one to one, each with the nearest of the same label that is left.
-
-    Returns the number of pairs and their largest difference in boxes (pixels) and in scores.
-    """
+def pair_detections(ours, reference):
+    """Pair Detections one to one, each with the nearest of the same label that is left; return both, in this order."""
     left, pairs = np.ones(len(reference.boxes), bool), []
-    for box, score, label in zip(*ours):
+    for i, (box, label) in enumerate(zip(ours.boxes, ours.labels)):
         candidates = np.flatnonzero(left & (reference.labels == label))
         if len(candidates):
-            distances = np.abs(reference.boxes[candidates] - box).max(axis=1)
-            twin = candidates[distances.argmin()]
+            twin = candidates[np.abs(reference.boxes[candidates] - box).max(axis=1).argmin()]
             left[twin] = False
-            pairs.append((distances.min(), abs(reference.scores[twin] - score)))
-    return (len(pairs), *np.max(pairs or [(0, 0)], axis=0))
+            pairs.append((i, twin))
+    chosen, twins = np.array(pairs, int).reshape(-1, 2).T
+    return ours.where(chosen), reference.where(twins)
+
+
+def mask_overlap(first, second):
+    """Return the IoU of two run-length encoded masks; 1 if they differ in MASK_PIXELS pixels or fewer."""
+    first, second = rle.decode(first), rle.decode(second)
+    if first.shape != second.shape:
+        return 0.0
+    different, union = np.count_nonzero(first ^ second), np.count_nonzero(first | second)
+    return 1.0 if different <= MASK_PIXELS else 1 - different / union
 
 
 def verify_detections(title, ours, reference):
     """Print a line for the whole detector against the framework's own; return whether it is True."""
-    paired, box_difference, score_difference = compare_detections(ours, reference)
-    equal = (
-        paired == len(ours.boxes) == len(reference.boxes)
-        and box_difference <= BOX_TOLERANCE
-        and score_difference <= SCORE_TOLERANCE
-    )
-    print(
-        f"{title}: {len(ours.boxes)}, the framework's own: {len(reference.boxes)}, paired: {paired}, "
-        f"largest difference {box_difference:.1e} px, {score_difference:.1e} in score  {equal}"
-    )
-    return bool(equal)
+    first, second = pair_detections(ours, reference)
+    box_difference = np.abs(first.boxes - second.boxes).max(initial=0)
+    score_difference = np.abs(first.scores - second.scores).max(initial=0)
+    equal = len(first.boxes) == len(ours.boxes) == len(reference.boxes)
+    equal &= bool(box_difference <= BOX_TOLERANCE and score_difference <= SCORE_TOLERANCE)
+    text = f"largest difference {box_difference:.1e} px, {score_difference:.1e} in score"
+    if ours.masks is not None:
+        overlap = min(map(mask_overlap, first.masks, second.masks), default=1.0)
+        equal &= overlap >= MASK_IOU
+        text += f", smallest IoU of masks {overlap:.4f}"
+    counts = f"{len(ours.boxes)}, the framework's own: {len(reference.boxes)}, paired: {len(first.boxes)}"
+    print(f"{title}: {counts}, {text}  {equal}")
+    return equal
 
 
 def verify(source, detector, picture):
@@ -182,12 +193,12 @@ def verify(source, detector, picture):
     something to compare.
     """
     image, stages = read_picture(picture), {}
-    ours = detector(image, lambda stage, **arrays: stages.update({stage: arrays}))
-    different = verify_outputs(source, detector, stages)
     anything = copy.copy(detector)
     anything.settings = changed(detector.settings, "head.score_threshold", 0.0)
-    equal = verify_detections("detections", ours, source.detect(picture))
-    equal &= verify_detections("with any score", anything(image), source.detect(picture, 0.0))
+    found = anything(image, lambda stage, **arrays: stages.update({stage: arrays}))
+    different = verify_outputs(source, detector, stages)
+    equal = verify_detections("detections", detector(image), source.detect(picture))
+    equal &= verify_detections("with any score", found, source.detect(picture, 0.0))
     return different if equal else [*different, "detections"]
 
 
@@ -200,9 +211,13 @@ def export(source, out, opset, picture):
         preprocess(read_picture(picture), source.settings.preprocess)
     except (ValueError, MemoryError, cv2.error) as error:
         raise sources.SourceError(f"{picture}: {one_line(error)}") from error
+    if opset is not None and opset < source.opset:
+        raise sources.SourceError(f"--opset {opset}: this detector has an operator of opset {source.opset}")
+    if opset is None and source.opset > sources.OPSET:
+        print(f"opset {source.opset}: the first that has all operators of this detector")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
-        write_networks(source, Path(folder), opset)
+        write_networks(source, Path(folder), opset or source.opset)
         different = verify(source, load(folder), picture)
         if different:
             names = ", ".join(different)
@@ -228,7 +243,7 @@ def read_arguments(arguments):
     add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[], type=name_and_value,
         help="an argument of torchvision's builder, such as min_size=600; may be repeated")  # fmt: skip
     add("--out", metavar="DIR", default=HERE / "ckpt", type=Path, help="folder for the networks (default: ckpt)")
-    add("--opset", metavar="N", type=int, default=13, help="of ONNX (default: 13)")
+    add("--opset", metavar="N", type=int, help="of ONNX (default: 13, or the first that has all operators)")
     add("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
         help="the picture on which detections are compared (default: the bundled picture)")  # fmt: skip
     add("--trust-checkpoint", action="store_true",

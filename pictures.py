@@ -11,6 +11,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from detectors import rle
+
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of what is taken from a folder
 MARK = b"Software\0faster-rcnn-onnx"  # in every annotated picture, so that none is taken for an input later
 
@@ -103,7 +105,7 @@ def coco_results(found, image, classes, category_ids):
 
     Not rounded: thousandths of a pixel move an average precision by 1e-4.
     """
-    return [
+    results = [
         {
             "image_id": image["id"],
             "file_name": image["file_name"],
@@ -112,8 +114,12 @@ def coco_results(found, image, classes, category_ids):
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
         }
-        for (x1, y1, x2, y2), score, label in zip(*(field.tolist() for field in found))
+        for (x1, y1, x2, y2), score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
     ]
+    if found.masks is not None:
+        for result, mask in zip(results, found.masks):
+            result["segmentation"] = mask
+    return results
 
 
 # ---------------------------------------------------------------------- draw
@@ -131,16 +137,27 @@ def drawable_names(classes):
 
 
 def draw(image, found, classes):
-    """Return a copy of the image [h, w, 3] with the box, class and score of each of the Detections, the best on top."""
+    """Return a copy of the image [h, w, 3] with each of the Detections, the best on top: mask, box, class, score."""
     image, names = image.copy(), drawable_names(classes)
     height, width = image.shape[:2]
     line = max(1, round(min(height, width) / 300))
-    for box, _, label in reversed(list(zip(*found))):
+    detections = list(zip(found.boxes, found.scores, found.labels))[::-1]
+    if found.masks is not None:
+        for mask, label in zip(found.masks[::-1], found.labels[::-1]):
+            draw_mask(image, rle.decode(mask), colour_of(label), line)
+    for box, _, label in detections:
         x1, y1, x2, y2 = np.clip(box, 0, [width - 1, height - 1] * 2).round().astype(int).tolist()
         cv2.rectangle(image, (x1, y1), (x2, y2), colour_of(label), line)
-    for box, score, label in reversed(list(zip(*found))):
+    for box, score, label in detections:
         draw_label(image, box, f"{names[label]} {score:.2f}", colour_of(label))
     return image
+
+
+def draw_mask(image, mask, colour, line):
+    """Tint the pixels of a mask [h, w] in an image, and draw the outline of each of its parts and holes."""
+    image[mask] = image[mask] // 2 + np.uint8(colour) // 2
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(image, outlines, -1, colour, line)
 
 
 def draw_label(image, box, text, colour):

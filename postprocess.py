@@ -11,7 +11,7 @@ other settings, what torchvision computes.
 The papers: Faster R-CNN (arXiv 1506.01497), FPN (1612.03144), Mask R-CNN (1703.06870), R-CNN (1311.2524).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -26,10 +26,11 @@ class Detections(NamedTuple):
     boxes: np.ndarray  # [d, 4] float32: x1, y1, x2, y2 in pixels of the picture as it came in
     scores: np.ndarray  # [d] float32, 0 to 1
     labels: np.ndarray  # [d] int64, positions in the detector's list of classes
+    masks: Optional[np.ndarray] = None  # [d] objects, each a run-length encoded mask of the picture as it came in
 
     def where(self, chosen):
         """Return the detections that a mask [d] or indices choose."""
-        return Detections(*(field[chosen] for field in self))
+        return Detections(*(None if field is None else field[chosen] for field in self))
 
 
 def ignore(stage, **arrays):

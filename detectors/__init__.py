@@ -2,14 +2,23 @@
 
 from pathlib import Path
 
+from detectors.cascade_rcnn import CascadeRCNN
 from detectors.faster_rcnn import FasterRCNN
+from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from detectors.networks import ModelError, Network, one_line
+from detectors.point_rend import PointRend
 from detectors.settings import FORMAT, Header, SettingsError, read
 from postprocess import Detections
 
 __all__ = ["BUNDLED", "Detections", "ModelError", "default_folder", "load", "one_line"]
 
-FAMILIES = {"faster_rcnn": FasterRCNN}
+FAMILIES = {
+    "faster_rcnn": FasterRCNN,
+    "cascade_rcnn": CascadeRCNN,
+    "mask_rcnn": MaskRCNN,
+    "cascade_mask_rcnn": CascadeMaskRCNN,
+    "point_rend": PointRend,
+}
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 BUNDLED = CKPT / "shapes"
 

@@ -11,9 +11,7 @@ class FasterRCNN:
     Settings = FasterRCNNSettings
 
     def __init__(self, settings, networks):
-        self.settings, self.classes = settings, settings.classes
-        self.networks = networks
-        self.model1, self.model2 = networks["model1.onnx"], networks["model2.onnx"]
+        self.settings, self.classes, self.networks = settings, settings.classes, networks
 
     def __call__(self, image, record=ignore):
         """Return the Detections in an image [h, w, 3] uint8, BGR as cv2.imread returns it.
@@ -24,34 +22,51 @@ class FasterRCNN:
 
     def detect_in(self, picture, record=ignore):
         """Return the Detections in what preprocess returned; another thread may prepare the next picture meanwhile."""
-        settings = self.settings
         record("preprocess", **picture._asdict())
+        features, proposals = self.find_proposals(picture, record)
+        return self.find_objects(features, proposals, picture, record)
 
-        # Where could something be? Scores and deltas for the anchors of every level, and the features.
-        maps = [tensor[0] for tensor in self.model1(picture.blob, record)]
+    def find_proposals(self, picture, record):
+        """Return the features of every level, and the proposals [r, 4]."""
+        # Where could something be? Scores and deltas for the anchors of every level.
+        maps = [tensor[0] for tensor in self.networks["model1.onnx"](picture.blob, record)]
         n = len(maps) // 3
         cls, reg, features = maps[:n], maps[n : 2 * n], maps[2 * n :]
-        proposals = propose(cls, reg, picture.image_size, settings.proposals, record)
+        return features, propose(cls, reg, picture.image_size, self.settings.proposals, record)
 
-        # Each proposal's features, cut out of the level that fits its size.
-        levels = assign_levels(proposals, len(settings.rois.strides), settings.rois.finest_scale)
-        roi_feats = align_levels(features, proposals, levels, settings.rois)
-        record("align", levels=levels, roi_feats=roi_feats)
-
+    def find_objects(self, features, proposals, picture, record):
+        """Return the Detections among the proposals [r, 4]."""
         # What is it, and where exactly? A score for every class, and deltas for every class.
-        cls, reg = self.model2(roi_feats, record)
-        return detect(cls, reg, proposals, picture, settings.head, record)
+        roi_feats = pool(features, proposals, self.settings.rois, record)
+        cls, reg = self.networks["model2.onnx"](roi_feats, record)
+        return detect(cls, reg, proposals, picture, self.settings.head, record)
 
-    @staticmethod
-    def tensors(settings):
-        """Return the tensors of the two networks, {file: {name: shape}}: see Network.expect."""
-        anchors, classes = settings.proposals.anchors, len(settings.classes)
-        levels, a = range(len(anchors.strides)), len(anchors.scales) * len(anchors.ratios)
-        channels = {"cls": 2 * a if settings.proposals.softmax else a, "reg": 4 * a, "feat": "C"}
-        maps = {f"{kind}_{i}": ("N", c, f"h_{i}", f"w_{i}") for kind, c in channels.items() for i in levels}
-        roi_feats = ("B", "C", settings.rois.output_size, settings.rois.output_size)
-        deltas = 4 if settings.head.class_agnostic else 4 * classes
-        return {
-            "model1.onnx": {"image": ("N", 3, "H", "W"), **maps},
-            "model2.onnx": {"roi_feats": roi_feats, "cls": ("B", classes + 1), "reg": ("B", deltas)},
-        }
+    @classmethod
+    def tensors(cls, settings):
+        """Return the tensors of the networks, {file: {name: shape}}: see Network.expect."""
+        head = tensors_of_head(settings, settings.head.class_agnostic)
+        return {"model1.onnx": tensors_of_rpn(settings), "model2.onnx": head}
+
+
+def pool(features, rois, settings, record, stage="align"):
+    """Return the features [r, C, s, s] of RoIs [r, 4], each cut out of the level that fits its size."""
+    levels = assign_levels(rois, len(settings.strides), settings.finest_scale)
+    roi_feats = align_levels(features, rois, levels, settings)
+    record(stage, levels=levels, roi_feats=roi_feats)
+    return roi_feats
+
+
+def tensors_of_rpn(settings):
+    """Return the tensors of the first network."""
+    anchors = settings.proposals.anchors
+    levels, a = range(len(anchors.strides)), len(anchors.scales) * len(anchors.ratios)
+    channels = {"cls": 2 * a if settings.proposals.softmax else a, "reg": 4 * a, "feat": "C"}
+    maps = {f"{kind}_{i}": ("N", c, f"h_{i}", f"w_{i}") for kind, c in channels.items() for i in levels}
+    return {"image": ("N", 3, "H", "W"), **maps}
+
+
+def tensors_of_head(settings, class_agnostic):
+    """Return the tensors of a network that gives scores and deltas."""
+    classes, s = len(settings.classes), settings.rois.output_size
+    deltas = 4 if class_agnostic else 4 * classes
+    return {"roi_feats": ("B", "C", s, s), "cls": ("B", classes + 1), "reg": ("B", deltas)}

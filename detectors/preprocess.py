@@ -12,6 +12,7 @@ class Picture(NamedTuple):
     blob: np.ndarray  # [1, 3, H, W] float32, zeros to the right of the picture and below it
     image_size: Tuple[int, int]  # height and width of the picture in it
     scale_factor: np.ndarray  # [4] float32, by which x, y, x, y were multiplied
+    original_size: Tuple[int, int]  # height and width of the picture as it came in
 
 
 def preprocess(image, settings):
@@ -40,7 +41,7 @@ def preprocess(image, settings):
     padded = [-(-side // settings.pad_divisor) * settings.pad_divisor for side in image.shape[:2]]
     blob = np.zeros((1, 3, *padded), np.float32)
     blob[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-    return Picture(blob, image.shape[:2], scale_factor)
+    return Picture(blob, image.shape[:2], scale_factor, (height, width))
 
 
 def resize_and_normalize(image, size, mean, std):

@@ -62,12 +62,17 @@ class Anchors(Settings, kw_only=True):
             raise ValueError(f"{len(self.strides)} strides, but {len(self.base_sizes)} base sizes")
 
 
-class Stage(Settings, kw_only=True):
-    """What both stages do with boxes: move them, drop the poor ones, run NMS, keep the best."""
+class Coder(Settings, kw_only=True):
+    """What deltas mean, see decode_boxes."""
 
     means: FourNumbers  # a box moves by (deltas * stds + means)
     stds: FourNumbers
     shrinks_freely: bool = False  # a box may become as small as its deltas say; False: 16/1000 of it at least
+
+
+class Stage(Coder, kw_only=True):
+    """What both stages do with boxes: move them, drop the poor ones, run NMS, keep the best."""
+
     min_bbox_size: Number = -1  # boxes with a side that is not longer are dropped; below 0: none are
     score_threshold: Number = -1  # boxes are dropped unless their score is above it
     iou_threshold: Number  # of NMS, level by level (proposals) or class by class (detections)
@@ -105,6 +110,29 @@ class Head(Stage, kw_only=True):
     nms_resized: bool = False  # NMS sees boxes in pixels of the resized picture; False: of the picture as it came in
 
 
+class Refinement(Coder, kw_only=True):
+    """From the RoIs of one stage of a cascade to those of the next."""
+
+    class_agnostic: bool  # one set of deltas for all classes, instead of one for each
+
+
+class Masks(Settings, kw_only=True):
+    """From detections to their masks."""
+
+    rois: RoIs
+    class_agnostic: bool = False  # one mask for all classes, instead of one for each
+    threshold: Number  # a pixel is in the mask where its score is not below
+    bordered: bool = False  # boxes grow by a border of zeros around the mask, and to whole pixels, see with_border
+
+
+class Points(Settings, kw_only=True):
+    """From coarse masks to fine ones, see point_rend.py."""
+
+    stride: Count  # of the finest level, whose features every point takes
+    steps: Count  # how often a mask is doubled
+    num_points: Count  # how many of its points are predicted anew each time
+
+
 class Export(Settings, kw_only=True, omit_defaults=False):
     """What the files of every export say, whatever the family."""
 
@@ -117,6 +145,12 @@ class Export(Settings, kw_only=True, omit_defaults=False):
     preprocess: Preprocess
 
 
+def check_levels(rois, anchors):
+    """Refuse RoIs that read more levels than there are: ValueError."""
+    if len(rois.strides) > len(anchors.strides):
+        raise ValueError(f"{len(rois.strides)} levels for RoIs of {len(anchors.strides)}")
+
+
 class FasterRCNNSettings(Export, kw_only=True):
     """What Faster R-CNN's networks cannot know."""
 
@@ -127,8 +161,45 @@ class FasterRCNNSettings(Export, kw_only=True):
 
     def __post_init__(self):
         """Check what no single field can."""
-        if len(self.rois.strides) > len(self.proposals.anchors.strides):
-            raise ValueError(f"{len(self.rois.strides)} levels for RoIs of {len(self.proposals.anchors.strides)}")
+        check_levels(self.rois, self.proposals.anchors)
+
+
+class CascadeRCNNSettings(FasterRCNNSettings, kw_only=True):
+    """What Cascade R-CNN's networks cannot know."""
+
+    type: Literal["cascade_rcnn"] = "cascade_rcnn"
+    refinements: Annotated[Tuple[Refinement, ...], msgspec.Meta(min_length=1)]  # all stages but the last, the head
+
+
+class MaskRCNNSettings(FasterRCNNSettings, kw_only=True):
+    """What Mask R-CNN's networks cannot know."""
+
+    type: Literal["mask_rcnn"] = "mask_rcnn"
+    masks: Masks
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        super().__post_init__()
+        check_levels(self.masks.rois, self.proposals.anchors)
+
+
+class PointRendSettings(MaskRCNNSettings, kw_only=True):
+    """What PointRend's networks cannot know."""
+
+    type: Literal["point_rend"] = "point_rend"
+    points: Points
+
+
+class CascadeMaskRCNNSettings(CascadeRCNNSettings, kw_only=True):
+    """What Cascade Mask R-CNN's networks cannot know."""
+
+    type: Literal["cascade_mask_rcnn"] = "cascade_mask_rcnn"
+    masks: Masks
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        super().__post_init__()
+        check_levels(self.masks.rois, self.proposals.anchors)
 
 
 class SettingsError(ValueError):

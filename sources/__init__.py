@@ -8,6 +8,9 @@ class SourceError(Exception):
     """There is nothing to export; the message says why and what to do."""
 
 
+OPSET = 13  # of ONNX, unless a detector has operators that came later
+
+
 class Network(NamedTuple):
     """One network of a detector, as PyTorch's exporter takes it."""
 
@@ -23,6 +26,7 @@ class Source(NamedTuple):
     networks: Dict[str, Network]  # by the names of their files
     settings: Any  # what the networks cannot know, a class of detectors/settings.py
     detect: Callable  # (picture's path, score threshold or None for the detector's own) -> the framework's Detections
+    opset: int = OPSET  # of ONNX, the lowest that has all operators
 
 
 TORCHVISION = "torchvision:"  # before the name of a builder

@@ -27,6 +27,22 @@ def mean_by_axes(groups):
     return groups
 
 
+def adaptive_max_pool2d(x, output_size):
+    """Return torch.nn.functional.adaptive_max_pool2d of x [N, C, H, W], for maps whose sizes vary.
+
+    PyTorch exports it for a constant size alone. How many cells a bin has at most is a constant here too, taken from
+    the sizes of the example with which the graph is traced: bins of more than one cell overlap where they do not fit.
+    """
+    for axis, length, size in zip((2, 3), x.shape[2:], output_size):  # once x was taken apart, the exporter fixes sizes
+        bins = torch.arange(size)
+        first = torch.div(bins * length, size, rounding_mode="floor")
+        last = torch.div((bins + 1) * length - 1, size, rounding_mode="floor")
+        most = -(-int(length) // int(size)) + 1
+        cells = torch.minimum(first[:, None] + torch.arange(most), last[:, None])  # [size, most], the last one repeated
+        x = x.index_select(axis, cells.flatten()).unflatten(axis, (-1, most)).amax(axis + 1)
+    return x
+
+
 def replace_layers(model, replacements):
     """Replace a model's layers by exportable ones: {class: its subclass}."""
     for layer in model.modules():

@@ -1,4 +1,4 @@
-"""MMDetection 2.28: its Faster R-CNN as the two networks and the settings of an export.
+"""MMDetection 2.28: its two-stage detectors as the networks and the settings of an export.
 
 What would be computed differently is refused by its name in the config.
 """
@@ -7,39 +7,63 @@ import hashlib
 import inspect
 import sys
 from pathlib import Path
+from unittest import mock
 
 import mmcv
 import mmcv.ops
 import mmdet
 import numpy as np
 import torch
-from mmcv.cnn.utils import revert_sync_batchnorm
 from mmdet.apis import inference_detector
 from mmdet.datasets import DATASETS
 from mmdet.models import build_detector
 from mmdet.models.backbones.swin import ShiftWindowMSA
+from mmdet.models.necks import BFP
 
-from detectors import Detections, one_line
+from detectors import Detections, one_line, rle
 from detectors.settings import (
     Anchors,
+    CascadeMaskRCNNSettings,
+    CascadeRCNNSettings,
     FasterRCNNSettings,
     Head,
+    MaskRCNNSettings,
+    Masks,
+    PointRendSettings,
+    Points,
     Preprocess,
     Proposals,
+    Refinement,
     RoIs,
     SettingsError,
     read,
     write,
 )
 from postprocess import NMS_SPLIT
-from sources import Network, Source, SourceError
+from sources import OPSET, Network, Source, SourceError
 from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
-from sources.layers import GroupNorm, replace_layers
+from sources.deform_conv import OPSET as DEFORM_CONV_OPSET
+from sources.deform_conv import has_deform_conv, replace_deform_convs
+from sources.layers import GroupNorm, adaptive_max_pool2d, replace_layers
 
 DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
 DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{DEFAULT_CONFIG}/{DEFAULT_CHECKPOINT}"
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
+DETECTORS = (
+    "FasterRCNN",
+    "MaskRCNN",
+    "CascadeRCNN",
+    "PointRend",
+    "TridentFasterRCNN",
+)  # what a config may call its model
+FAMILIES = {  # by what a detector has beside what Faster R-CNN has
+    (): FasterRCNNSettings,
+    ("refinements",): CascadeRCNNSettings,
+    ("masks",): MaskRCNNSettings,
+    ("refinements", "masks"): CascadeMaskRCNNSettings,
+    ("masks", "points"): PointRendSettings,
+}
 
 
 def load(config, checkpoint, trust=False, names=None, options=()):
@@ -70,10 +94,11 @@ def as_source(detector, config, checkpoint):
     def detect(picture, score_threshold=None):
         return reference(detector, picture, score_threshold)
 
-    return Source(networks(detector), describe(detector, origin), detect)
+    opset = DEFORM_CONV_OPSET if has_deform_conv(detector) else OPSET
+    return Source(networks(detector), describe(detector, origin), detect, opset)
 
 
-# ---------------------------------------------------------------------- the two networks
+# ---------------------------------------------------------------------- the networks
 
 
 class Model1(torch.nn.Module):
@@ -91,34 +116,67 @@ class Model1(torch.nn.Module):
         return (*cls, *reg, *features)
 
 
-class Model2(torch.nn.Module):
-    """roi_feats [B, C, s, s] -> class logits [B, classes + 1], deltas [B, 4 classes]."""
+class RoIHead(torch.nn.Module):
+    """roi_feats [B, C, s, s] -> what a head predicts: cls [B, classes + 1] and reg [B, 4 classes], or mask."""
 
-    def __init__(self, detector):
+    def __init__(self, roi_head, head):
         super().__init__()
-        roi_head = detector.roi_head
         self.shared_head = roi_head.shared_head if roi_head.with_shared_head else torch.nn.Identity()
-        self.bbox_head = roi_head.bbox_head
+        self.head = SeesawHead(head) if getattr(head, "custom_activation", False) else head
         self.eval()
 
     def forward(self, roi_feats):
-        """Return cls and reg."""
-        return self.bbox_head(self.shared_head(roi_feats))
+        """Return cls and reg, or mask, as a tuple."""
+        outputs = self.head(self.shared_head(roi_feats))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+class PointHead(torch.nn.Module):
+    """point_feats [B, P, F]: features of a level, then values of the coarse mask -> logits [B, P, classes]."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.num_features = head, head.in_channels
+        self.eval()
+
+    def forward(self, point_feats):
+        """Return logits as a tuple."""
+        fine, coarse = point_feats.transpose(1, 2).split([self.num_features, self.head.num_classes], dim=1)
+        return (self.head(fine, coarse).transpose(1, 2),)
+
+
+def stages(part):
+    """Return the parts of a cascade's stages as a list; of other detectors, there is one."""
+    return list(part) if isinstance(part, torch.nn.ModuleList) else [part]
 
 
 def networks(detector):
-    """Return the two networks by the names of their files."""
-    extractor = detector.roi_head.bbox_roi_extractor
+    """Return the networks by the names of their files."""
     levels = range(len(detector.rpn_head.prior_generator.strides))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
     image = torch.randn(1, 3, 256, 320)
-    roi_feats = torch.randn(2, extractor.out_channels, *extractor.roi_layers[0].output_size)
-    return {
-        "model1.onnx": Network(Model1(detector), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps),
-        "model2.onnx": Network(
-            Model2(detector), roi_feats, {"roi_feats": {0: "B"}}, {"cls": {0: "B"}, "reg": {0: "B"}}
-        ),
-    }
+    files = {"model1.onnx": Network(Model1(detector), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps)}
+    roi_head = detector.roi_head
+    files.update(networks_of_heads("model2", roi_head, roi_head.bbox_head, roi_head.bbox_roi_extractor, ("cls", "reg")))
+    if roi_head.with_mask:
+        files.update(networks_of_heads("mask", roi_head, roi_head.mask_head, roi_head.mask_roi_extractor, ("mask",)))
+    if hasattr(roi_head, "point_head"):
+        head = PointHead(roi_head.point_head)
+        point_feats = torch.randn(2, 50, head.num_features + roi_head.mask_head.num_classes)
+        axes = {0: "B", 1: "P"}
+        files["point.onnx"] = Network(head, point_feats, {"point_feats": axes}, {"logits": axes})
+    return files
+
+
+def networks_of_heads(name, roi_head, heads, extractors, outputs):
+    """Return the networks of the heads of one kind, numbered where there are several."""
+    files, heads = {}, stages(heads)
+    for stage, (head, extractor) in enumerate(zip(heads, stages(extractors))):
+        roi_feats = torch.randn(2, extractor.out_channels, *extractor.roi_layers[0].output_size)
+        file = f"{name}.onnx" if len(heads) == 1 else f"{name}_{stage}.onnx"
+        axes = {output: {0: "B"} for output in outputs}
+        files[file] = Network(RoIHead(roi_head, head), roi_feats, {"roi_feats": {0: "B"}}, axes)
+    return files
 
 
 class WindowAttention(ShiftWindowMSA):
@@ -131,6 +189,34 @@ class WindowAttention(ShiftWindowMSA):
         size, channels = self.window_size, windows.shape[-1]
         grid = windows.view(-1, height // size, width // size, size, size, channels)
         return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
+
+
+class BalancedFPN(BFP):
+    """Libra R-CNN's neck; the pooling of MMDetection's own cannot be exported for maps whose sizes vary."""
+
+    def forward(self, inputs):
+        """Return the maps of all levels, balanced; when not exported, as MMDetection does."""
+        if not torch.onnx.is_in_onnx_export():
+            return super().forward(inputs)
+        with mock.patch.object(torch.nn.functional, "adaptive_max_pool2d", adaptive_max_pool2d):
+            return super().forward(inputs)
+
+
+class SeesawHead(torch.nn.Module):
+    """A box head of Seesaw loss, whose classes' scores and the background's come from two softmaxes.
+
+    Its logits are exported such that one softmax makes the same scores: as their logarithms.
+    """
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, roi_feats):
+        """Return cls and reg."""
+        cls, reg = self.head(roi_feats)
+        classes, objectness = cls[:, :-2].log_softmax(dim=1), cls[:, -2:].log_softmax(dim=1)
+        return torch.cat([classes + objectness[:, :1], objectness[:, 1:]], dim=1), reg
 
 
 # ---------------------------------------------------------------------- config, checkpoint, detector
@@ -170,15 +256,16 @@ def load_detector(config, checkpoint_path, trust=False, names=None):
     except (Exception, SystemExit) as error:  # a config is Python: anything can be wrong with it
         raise SourceError(f"{config} cannot be read: {one_line(error) or type(error).__name__}") from error
     model = cfg.get("model") or {}
-    if not isinstance(model, dict) or model.get("type") != "FasterRCNN":
-        found = model.get("type") if isinstance(model, dict) else model
-        raise SourceError(f"{config}: model.type is {found}, not FasterRCNN")
+    found = model.get("type") if isinstance(model, dict) else model
+    if found not in DETECTORS:
+        raise SourceError(f"{config}: model.type is {found}, not one of {', '.join(DETECTORS)}")
     try:
         cfg.model.pretrained = None
         if "init_cfg" in cfg.model.backbone:
             cfg.model.backbone.init_cfg = None
         cfg.model.train_cfg = None
-        detector = revert_sync_batchnorm(build_detector(cfg.model, test_cfg=cfg.get("test_cfg"))).eval()
+        replace_sync_norms(cfg.model)
+        detector = build_detector(cfg.model, test_cfg=cfg.get("test_cfg")).eval()
     except Exception as error:
         raise SourceError(f"{config}: MMDetection cannot build its model: {one_line(error)}") from error
     try:
@@ -186,15 +273,27 @@ def load_detector(config, checkpoint_path, trust=False, names=None):
         describe_preprocessing(cfg)  # refuses what does not fit before the work begins
         checkpoint = load_checkpoint(checkpoint_path, trust)
         load_weights(detector, weights_in(checkpoint), checkpoint_path)
-        detector.CLASSES = class_names(cfg, checkpoint, detector.roi_head.bbox_head.num_classes, names)
+        detector.CLASSES = class_names(cfg, checkpoint, stages(detector.roi_head.bbox_head)[-1].num_classes, names)
         detector.cfg = cfg
         describe(detector, {})
     except (AttributeError, KeyError, TypeError) as error:
         raise SourceError(f"{config} lacks what export.py needs: {one_line(error)}") from error
     except SettingsError as error:
         raise SourceError(f"{config} or its checkpoint cannot be exported: {error}") from error
-    replace_layers(detector, {torch.nn.GroupNorm: GroupNorm, ShiftWindowMSA: WindowAttention})
+    replace_layers(detector, {torch.nn.GroupNorm: GroupNorm, ShiftWindowMSA: WindowAttention, BFP: BalancedFPN})
+    replace_deform_convs(detector)
     return detector
+
+
+def replace_sync_norms(cfg):
+    """Turn the batch normalisations of a model's config that need several GPUs into those that need none."""
+    if isinstance(cfg, dict):
+        if cfg.get("type") in ("SyncBN", "MMSyncBN"):
+            cfg["type"] = "BN"
+        cfg = cfg.values()
+    for part in cfg:
+        if not isinstance(part, (str, int, float, bool, type(None))):
+            replace_sync_norms(part)
 
 
 # ---------------------------------------------------------------------- what cannot be exported
@@ -202,40 +301,93 @@ def load_detector(config, checkpoint_path, trust=False, names=None):
 
 def check_supported(detector):
     """Refuse, by its name in the config, every part that an export would compute differently."""
-    bbox_heads = ("BBoxHead", "ConvFCBBoxHead", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead")
-    types = {
+    check_types(detector, {
         "rpn_head": ("RPNHead",),
         "rpn_head.prior_generator": ("AnchorGenerator",),
-        "rpn_head.bbox_coder": ("DeltaXYWHBBoxCoder",),
-        "roi_head": ("StandardRoIHead", "DynamicRoIHead", "PISARoIHead"),  # they differ only in training
-        "roi_head.bbox_roi_extractor": ("SingleRoIExtractor",),
-        "roi_head.bbox_roi_extractor.roi_layers.0": ("RoIAlign",),
-        "roi_head.bbox_head": bbox_heads,
-        "roi_head.bbox_head.bbox_coder": ("DeltaXYWHBBoxCoder",),
-    }
+        "roi_head": ("StandardRoIHead", "DynamicRoIHead", "PISARoIHead", "TridentRoIHead", "CascadeRoIHead",
+                     "PointRendRoIHead"),
+    })  # fmt: skip
+    extractors = find_stages(detector, "roi_head.bbox_roi_extractor")
+    heads = find_stages(detector, "roi_head.bbox_head")
+    coders = [f"{name}.bbox_coder" for name in ("rpn_head", *heads)]
+    if hasattr(detector.roi_head, "point_head"):
+        check_point_rend(detector)
+    elif detector.roi_head.with_mask:
+        extractors += find_stages(detector, "roi_head.mask_roi_extractor")
+        check_types(detector, dict.fromkeys(find_stages(detector, "roi_head.mask_head"), ("FCNMaskHead",)))
+    layers = [f"{name}.roi_layers.0" for name in extractors]
+    check_scores(detector, heads)
+    bbox_heads = ("BBoxHead", "ConvFCBBoxHead", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead")
+    for names, supported in (
+        (extractors, ("SingleRoIExtractor",)),
+        (layers, ("RoIAlign",)),
+        (heads, bbox_heads),
+        (coders, ("DeltaXYWHBBoxCoder",)),
+    ):
+        check_types(detector, dict.fromkeys(names, supported))
+    check_values(detector, {
+        "rpn_head.prior_generator.scale_major": True,
+        "rpn_head.prior_generator.centers": None,
+        **dict.fromkeys([f"{name}.pool_mode" for name in layers], "avg"),
+        **dict.fromkeys([f"{name}.clip_border" for name in coders], True),
+        **dict.fromkeys([f"{name}.add_ctr_clamp" for name in coders], False),
+    })  # fmt: skip
+    check_operators(detector)
+    check_square(detector, extractors)
+    check_stages(detector.roi_head)
+    for name in ("rpn", "rcnn"):
+        check_test_cfg(name, detector.test_cfg[name])
+
+
+def check_scores(detector, heads):
+    """Refuse box heads, given by their names, whose scores are no softmax, and which cannot be made such."""
+    if len(heads) > 1:  # the scores of a cascade are those of the mean of its stages' logits
+        check_values(detector, dict.fromkeys([f"{name}.custom_cls_channels" for name in heads], False))
+    elif find_part(detector, f"{heads[0]}.custom_cls_channels"):
+        check_types(detector, {f"{heads[0]}.loss_cls": ("SeesawLoss",)})
+    if getattr(detector.roi_head, "test_branch_idx", 0) == -1:
+        raise SourceError("model.roi_head.test_branch_idx is -1: several branches of TridentNet cannot be exported")
+
+
+def check_point_rend(detector):
+    """Refuse masks of PointRend whose features come from elsewhere than the centres of a level's cells."""
+    extractor = "roi_head.mask_roi_extractor"
+    check_types(detector, {
+        extractor: ("GenericRoIExtractor",),
+        f"{extractor}.roi_layers.0": ("SimpleRoIAlign",),
+        "roi_head.mask_head": ("CoarseMaskHead",),
+        "roi_head.point_head": ("MaskPointHead",),
+    })  # fmt: skip
+    check_values(detector, {
+        f"{extractor}.num_inputs": 1,
+        f"{extractor}.with_pre": False,
+        f"{extractor}.with_post": False,
+        f"{extractor}.roi_layers.0.aligned": True,
+        "roi_head.mask_head.class_agnostic": False,
+        "roi_head.point_head.class_agnostic": False,
+    })  # fmt: skip
+
+
+def check_types(detector, types):
+    """Refuse parts that are of another class: {name: the classes that are known}."""
     for name, supported in types.items():
         found = type(find_part(detector, name)).__name__
         if found not in supported:
             raise SourceError(f"model.{name} is a {found}, which cannot be exported; supported: {', '.join(supported)}")
-    values = {
-        "rpn_head.prior_generator.scale_major": True,
-        "rpn_head.prior_generator.centers": None,
-        "rpn_head.bbox_coder.clip_border": True,
-        "rpn_head.bbox_coder.add_ctr_clamp": False,
-        "roi_head.with_mask": False,
-        "roi_head.bbox_roi_extractor.roi_layers.0.pool_mode": "avg",
-        "roi_head.bbox_head.custom_cls_channels": False,
-        "roi_head.bbox_head.bbox_coder.clip_border": True,
-        "roi_head.bbox_head.bbox_coder.add_ctr_clamp": False,
-    }
+
+
+def check_values(detector, values):
+    """Refuse attributes that have another value: {name: value}."""
     for name, supported in values.items():
         found = find_part(detector, name)
         if found != supported:
             raise SourceError(f"model.{name} is {found!r}, which cannot be exported; supported: {supported!r}")
-    check_operators(detector)
-    check_square(detector)
-    for name in ("rpn", "rcnn"):
-        check_test_cfg(name, detector.test_cfg[name])
+
+
+def find_stages(detector, name):
+    """Return the name of a part, or the names of those that it has for each stage of a cascade."""
+    part = find_part(detector, name)
+    return [f"{name}.{stage}" for stage in range(len(part))] if isinstance(part, torch.nn.ModuleList) else [name]
 
 
 def find_part(detector, name):
@@ -247,8 +399,10 @@ def find_part(detector, name):
 
 
 def check_operators(detector):
-    """Refuse layers of the networks that are compiled operators of mmcv's own, such as deformable convolution."""
+    """Refuse layers of the networks that are compiled operators of mmcv's own, unless ONNX has them, too."""
     for name, layer in detector.named_modules():
+        if isinstance(layer, (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d)):
+            continue
         files = [sys.modules[base.__module__] for base in type(layer).__mro__]
         if any(hasattr(file, "ext_module") for file in files) and "roi_layers" not in name:
             raise SourceError(
@@ -256,15 +410,27 @@ def check_operators(detector):
             )
 
 
-def check_square(detector):
-    """Refuse strides and RoIAlign outputs whose width and height differ."""
+def check_square(detector, extractors):
+    """Refuse strides and RoIAlign outputs whose width and height differ; extractors: the names of those that pool."""
     pairs = {"rpn_head.anchor_generator.strides": detector.rpn_head.prior_generator.strides}
-    pairs["roi_head.bbox_roi_extractor.roi_layer.output_size"] = [
-        layer.output_size for layer in detector.roi_head.bbox_roi_extractor.roi_layers
-    ]
+    for name in extractors:
+        sizes = [layer.output_size for layer in find_part(detector, name).roi_layers]
+        pairs[f"{name}.roi_layer.output_size"] = sizes
     for name, sizes in pairs.items():
         if any(first != second for first, second in sizes):
             raise SourceError(f"model.{name} is {sizes}, whose sides differ: this cannot be exported")
+
+
+def check_stages(roi_head):
+    """Refuse a cascade whose stages pool their RoIs in different ways."""
+    kinds = {"bbox_roi_extractor": roi_head.bbox_roi_extractor}
+    if roi_head.with_mask:
+        kinds["mask_roi_extractor"] = roi_head.mask_roi_extractor
+        kinds["mask_head"] = roi_head.mask_head
+    for name, part in kinds.items():
+        describe_part = describe_rois if name.endswith("extractor") else lambda head: head.class_agnostic
+        if any(describe_part(other) != describe_part(stages(part)[0]) for other in stages(part)):
+            raise SourceError(f"model.roi_head.{name} differs from stage to stage: this cannot be exported")
 
 
 def check_test_cfg(name, cfg):
@@ -286,15 +452,26 @@ def check_test_cfg(name, cfg):
 
 def describe(detector, origin):
     """Return the settings of a detector; SettingsError if one of them has a value that does not fit."""
-    settings = FasterRCNNSettings(
+    roi_head, cfg = detector.roi_head, detector.test_cfg.rcnn
+    *earlier, last = stages(roi_head.bbox_head)
+    added = {}
+    if earlier:
+        added["refinements"] = [Refinement(**describe_coder(head)) for head in earlier]
+    if roi_head.with_mask:
+        added["masks"] = describe_masks(roi_head, cfg)
+    if hasattr(roi_head, "point_head"):
+        added["points"] = describe_points(roi_head, cfg)
+    family = FAMILIES[tuple(added)]
+    settings = family(
         source=origin,
         classes=detector.CLASSES,
         preprocess=describe_preprocessing(detector.cfg),
         proposals=describe_proposals(detector.rpn_head, detector.test_cfg.rpn),
-        rois=describe_rois(detector.roi_head.bbox_roi_extractor),
-        head=describe_head(detector.roi_head.bbox_head, detector.test_cfg.rcnn),
+        rois=describe_rois(stages(roi_head.bbox_roi_extractor)[0]),
+        head=describe_head(last, cfg),
+        **added,
     )
-    return read(write(settings), FasterRCNNSettings)
+    return read(write(settings), family)
 
 
 def describe_proposals(rpn, cfg):
@@ -324,9 +501,9 @@ def describe_rois(extractor):
     layer = extractor.roi_layers[0]
     return RoIs(
         strides=extractor.featmap_strides,
-        finest_scale=extractor.finest_scale,
+        finest_scale=getattr(extractor, "finest_scale", 56),  # PointRend reads one level, at the centre of each bin
         output_size=layer.output_size[0],
-        sampling_ratio=layer.sampling_ratio,
+        sampling_ratio=getattr(layer, "sampling_ratio", 1),
         aligned=layer.aligned,
     )
 
@@ -335,14 +512,40 @@ def describe_head(head, cfg):
     """Return the settings of a RoI head."""
     default = inspect.signature(mmcv.ops.soft_nms).parameters["min_score"].default
     return Head(
-        means=head.bbox_coder.means,
-        stds=head.bbox_coder.stds,
-        class_agnostic=head.reg_class_agnostic,
+        **describe_coder(head),
         score_threshold=cfg.score_thr,
         iou_threshold=cfg.nms.iou_threshold,
         nms_class_agnostic=cfg.nms.get("class_agnostic", False),
         soft_min_score=cfg.nms.get("min_score", default) if cfg.nms.get("type") == "soft_nms" else None,
         max_per_img=cfg.max_per_img,
+    )
+
+
+def describe_coder(head):
+    """Return the settings that say what a RoI head's deltas mean."""
+    coder = head.bbox_coder
+    return {"means": coder.means, "stds": coder.stds, "class_agnostic": head.reg_class_agnostic}
+
+
+def describe_masks(roi_head, cfg):
+    """Return the settings of a RoI head's masks."""
+    if cfg.mask_thr_binary < 0:
+        raise SourceError(f"model.test_cfg.rcnn.mask_thr_binary is {cfg.mask_thr_binary}: this cannot be exported")
+    return Masks(
+        rois=describe_rois(stages(roi_head.mask_roi_extractor)[0]),
+        class_agnostic=stages(roi_head.mask_head)[0].class_agnostic,
+        threshold=cfg.mask_thr_binary,
+    )
+
+
+def describe_points(roi_head, cfg):
+    """Return the settings of PointRend's subdivision."""
+    if cfg.scale_factor != 2:
+        raise SourceError(f"model.test_cfg.rcnn.scale_factor is {cfg.scale_factor}: only 2 can be exported")
+    return Points(
+        stride=roi_head.mask_roi_extractor.featmap_strides[0],
+        steps=cfg.subdivision_steps,
+        num_points=cfg.subdivision_num_points,
     )
 
 
@@ -413,9 +616,12 @@ def reference(detector, picture, score_threshold=None):
     test_cfg = detector.roi_head.test_cfg
     own, test_cfg.score_thr = test_cfg.score_thr, test_cfg.score_thr if score_threshold is None else score_threshold
     try:
-        per_class = inference_detector(detector, str(picture))
+        found = inference_detector(detector, str(picture))
     finally:
         test_cfg.score_thr = own
+    per_class, masks = found if isinstance(found, tuple) else (found, None)
     boxes = np.concatenate(per_class)
     labels = np.repeat(np.arange(len(per_class)), [len(found) for found in per_class])
-    return Detections(boxes[:, :4], boxes[:, 4], labels)
+    if masks is not None:
+        masks = np.array([rle.encode(mask, mask.shape) for of_class in masks for mask in of_class], object)
+    return Detections(boxes[:, :4], boxes[:, 4], labels, masks)

@@ -1,7 +1,8 @@
-"""torchvision: its Faster R-CNNs as the two networks and the settings of an export.
+"""torchvision: its Faster R-CNNs and Mask R-CNNs as the networks and the settings of an export.
 
 They differ from MMDetection's in settings, and in the place of the background, which is class 0 of torchvision. The
-exported head has it last; so a label is a position in the list of classes, and torchvision's own label is one more.
+exported head has it last, the exported mask head lacks it; so a label is a position in the list of classes and a mask's
+channel, and torchvision's own label is one more.
 """
 
 import ast
@@ -21,12 +22,14 @@ from torchvision.models import get_model_builder, get_model_weights
 from torchvision.ops import FrozenBatchNorm2d
 from typing_extensions import Annotated
 
-from detectors import Detections, one_line
+from detectors import Detections, one_line, rle
 from detectors.settings import (
     Anchors,
     Count,
     FasterRCNNSettings,
     Head,
+    MaskRCNNSettings,
+    Masks,
     Number,
     Positive,
     Preprocess,
@@ -45,6 +48,8 @@ FROZEN_EPS = {  # of the frozen batch normalisation in what each builder's own w
     "fasterrcnn_resnet50_fpn_v2": 1e-5,
     "fasterrcnn_mobilenet_v3_large_fpn": 1e-5,
     "fasterrcnn_mobilenet_v3_large_320_fpn": 1e-5,
+    "maskrcnn_resnet50_fpn": 0.0,
+    "maskrcnn_resnet50_fpn_v2": 1e-5,
 }
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 OPTIONS = {  # the builders' arguments that change what is detected
@@ -67,9 +72,11 @@ OPTIONS = {  # the builders' arguments that change what is detected
 OLD_NAMES = {  # of layers before torchvision 0.13, which most of its own files have, and what they are called today
     r"^(rpn\.head\.conv)\.(weight|bias)$": r"\1.0.0.\2",
     r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$": r"\1.0.\2",
+    **{rf"^(roi_heads\.mask_head)\.mask_fcn{i + 1}\.(weight|bias)$": rf"\1.{i}.0.\2" for i in range(4)},
 }
 MOVED_BY_NMS = 1000  # torchvision.ops.batched_nms moves the classes apart for no more boxes than this, on a CPU
 SMALLEST_BOX = 1e-2  # side of a detection in the resized picture, a constant inside RoIHeads
+MASK_THRESHOLD = 0.5  # torchvision returns scores of pixels, and recommends to take those that are not below
 
 
 def load(builder, checkpoint, trust=False, names=None, options=()):
@@ -195,7 +202,7 @@ def class_names(names, content, weights, model):
     return names
 
 
-# ---------------------------------------------------------------------- the two networks
+# ---------------------------------------------------------------------- the networks
 
 
 class Model1(torch.nn.Module):
@@ -230,25 +237,48 @@ class Model2(torch.nn.Module):
         return self.cls(features), self.reg(features)
 
 
+class MaskHead(torch.nn.Module):
+    """roi_feats [B, C, s, s] -> mask logits [B, classes, 2 s, 2 s], without those of the background."""
+
+    def __init__(self, model):
+        super().__init__()
+        *layers, logits = model.roi_heads.mask_predictor
+        logits = rows(logits, torch.arange(1, logits.out_channels))
+        self.layers = torch.nn.Sequential(model.roi_heads.mask_head, *layers, logits)
+        self.eval()
+
+    def forward(self, roi_feats):
+        """Return mask, as a tuple."""
+        return (self.layers(roi_feats),)
+
+
 def rows(layer, chosen):
-    """Return a linear layer that gives only the chosen outputs of another, in this order."""
-    new = torch.nn.Linear(layer.in_features, len(chosen))
-    new.load_state_dict({name: value[chosen] for name, value in layer.state_dict().items()})
+    """Return a linear layer or a convolution that gives only the chosen outputs of another, in this order."""
+    new = copy.deepcopy(layer)
+    for name, value in layer.named_parameters():
+        setattr(new, name, torch.nn.Parameter(value[chosen]))
     return new
 
 
 def networks(model, image):
-    """Return the two networks by the names of their files; image: an example of the first one's input."""
+    """Return the networks by the names of their files; image: an example of the first one's input."""
     model = copy.deepcopy(model)
     replace_norms(model, torch.nn.BatchNorm2d)  # which the exporter folds into the convolution before it
-    pool = model.roi_heads.box_roi_pool
     levels = range(len(model.rpn.anchor_generator.sizes))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
-    roi_feats = torch.randn(2, model.backbone.out_channels, *pool.output_size)
-    return {
+    files = {
         "model1.onnx": Network(Model1(model), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps),
-        "model2.onnx": Network(Model2(model), roi_feats, {"roi_feats": {0: "B"}}, {"cls": {0: "B"}, "reg": {0: "B"}}),
+        "model2.onnx": network_of_head(Model2(model), model.roi_heads.box_roi_pool, model, ("cls", "reg")),
     }
+    if model.roi_heads.has_mask():
+        files["mask.onnx"] = network_of_head(MaskHead(model), model.roi_heads.mask_roi_pool, model, ("mask",))
+    return files
+
+
+def network_of_head(head, pool, model, outputs):
+    """Return the Network of a head that takes what `pool` cuts out of a model's features."""
+    roi_feats = torch.randn(2, model.backbone.out_channels, *pool.output_size)
+    return Network(head, roi_feats, {"roi_feats": {0: "B"}}, {output: {0: "B"} for output in outputs})
 
 
 # ---------------------------------------------------------------------- what the networks cannot know
@@ -262,15 +292,19 @@ def strides_of(model, image):
 
 def describe(model, strides, classes, origin):
     """Return the settings of a model; SettingsError if one of them has a value that does not fit."""
-    settings = FasterRCNNSettings(
+    family, added = FasterRCNNSettings, {}
+    if model.roi_heads.has_mask():
+        family, added = MaskRCNNSettings, {"masks": describe_masks(model.roi_heads, strides)}
+    settings = family(
         source=origin,
         classes=classes,
         preprocess=describe_preprocessing(model.transform, min(strides.values())),
         proposals=describe_proposals(model.rpn, list(strides.values())),
         rois=describe_rois(model.roi_heads.box_roi_pool, strides),
         head=describe_head(model.roi_heads),
+        **added,
     )
-    return read(write(settings), FasterRCNNSettings)
+    return read(write(settings), family)
 
 
 def describe_preprocessing(transform, finest_stride):
@@ -356,6 +390,11 @@ def describe_head(heads):
     )
 
 
+def describe_masks(heads, strides):
+    """Return the settings of RoIHeads' masks."""
+    return Masks(rois=describe_rois(heads.mask_roi_pool, strides), threshold=MASK_THRESHOLD, bordered=True)
+
+
 # ---------------------------------------------------------------------- the reference
 
 
@@ -369,4 +408,14 @@ def reference(model, picture, score_threshold=None):
             found = model([torch.from_numpy(image).permute(2, 0, 1).float() / 255])[0]
     finally:
         heads.score_thresh = own
-    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy() - 1)
+    masks = encode_masks(found["masks"]) if "masks" in found else None
+    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy() - 1, masks)
+
+
+def encode_masks(scores):
+    """Return the scores [d, 1, h, w] of a picture's pixels as run-length encoded masks [d], one by one."""
+    masks = np.empty(len(scores), object)
+    for i, (pixels,) in enumerate(scores):
+        mask = (pixels >= MASK_THRESHOLD).numpy()
+        masks[i] = rle.encode(mask, mask.shape)
+    return masks

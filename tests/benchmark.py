@@ -221,7 +221,7 @@ def head_contestants():
     head = build_head({"type": "Shared2FCBBoxHead", "in_channels": 1, "fc_out_channels": 1, "bbox_coder": coder})
     cfg = mmcv.ConfigDict(score_thr=0.05, nms={"type": "nms", "iou_threshold": 0.5}, max_per_img=100)
     inputs = [torch.from_numpy(x) for x in (np.insert(rois, 0, 0, axis=1), cls, reg)]
-    picture = Picture(None, IMAGE_SIZE, scale)
+    picture = Picture(None, IMAGE_SIZE, scale, None)
     settings = Head(
         means=[0] * 4, stds=stds, class_agnostic=False, score_threshold=0.05, iou_threshold=0.5, max_per_img=100
     )

@@ -66,7 +66,7 @@ def assert_equal_detections(ours, reference, pixels=1e-2):
     """Check that every detection has its twin: same label, boxes within so many pixels, scores within 1e-4."""
     assert len(ours.boxes) == len(reference.boxes)
     unpaired = list(range(len(reference.boxes)))
-    for box, score, label in zip(*ours):
+    for box, score, label in zip(ours.boxes, ours.scores, ours.labels):
         twins = [
             i
             for i in unpaired

@@ -15,25 +15,28 @@ def normalise(batch_norm, inputs):
         batch_norm.running_var.copy_(channels.var(dim=1))
 
 
-def scale_to_unit(convolution, inputs, output):
+def scale_to_unit(convolution, inputs, output, deviation=1):
     """Scale a convolution of maps, and its output with it, so that the output has a deviation of 1, if it has any."""
     if output[0, 0].numel() == 1 or output.std() == 0:
         return output
-    factor = 1 / output.std()
+    factor = deviation / output.std()
     for parameter in convolution.parameters():
         parameter *= factor
     return output * factor
 
 
-def make_heads_discriminate(features, rpn, rpn_layers, pool, head, head_layers, deviations=(2.0, 0.5)):
-    """Scale the last layers (scores, deltas) of an RPN and of a head until their outputs vary as trained ones do.
+def scale_rpn(features, rpn, layers):
+    """Scale the last layers (scores, deltas) of an RPN until its outputs vary as trained ones do.
 
-    Then top-k, NMS and thresholds have something to decide. rpn(features) and head(pool()) return scores and deltas.
-    deviations: of the head's.
+    Then top-k, NMS and thresholds have something to decide. rpn(features) returns scores and deltas.
     """
-    for layer, outputs, deviation in zip(rpn_layers, rpn(features), (1.0, 0.3)):
+    for layer, outputs, deviation in zip(layers, rpn(features), (1.0, 0.3)):
         scale_layer(layer, outputs, deviation)
-    for layer, output, deviation in zip(head_layers, head(pool()), deviations):
+
+
+def scale_head(outputs, layers, deviations=(2.0, 0.5)):
+    """Scale the last layers (scores, deltas) of a head, given its outputs, until they vary as trained ones do."""
+    for layer, output, deviation in zip(layers, outputs, deviations):
         scale_layer(layer, [output], deviation)
 
 

@@ -1,14 +1,15 @@
 """MMDetection's detectors with seeded weights, see seeded.py."""
 
+from functools import partial
+
 import torch
-from mmcv.cnn.utils import revert_sync_batchnorm
 from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
-from seeded import make_heads_discriminate, normalise, scale_to_unit
+from seeded import normalise, scale_head, scale_layer, scale_rpn, scale_to_unit
 
 from detectors.preprocess import preprocess
-from sources.mmdetection import DATASETS, Model2, describe_preprocessing
+from sources.mmdetection import DATASETS, RoIHead, describe_preprocessing, replace_sync_norms, stages
 
 
 def write_checkpoint(cfg, path, image, normalised=True):
@@ -17,12 +18,10 @@ def write_checkpoint(cfg, path, image, normalised=True):
     Without `normalised` the layers keep the weights that MMDetection initialises them with, and what they compute
     grows from block to block.
     """
-    for part in (cfg.model.backbone, cfg.model.roi_head.get("shared_head") or {}):
-        if "init_cfg" in part:
-            part.init_cfg = None
-    cfg.model.pretrained = None
+    forget_pretrained(cfg.model)
     torch.manual_seed(0)
-    detector = revert_sync_batchnorm(build_detector(cfg.model))
+    replace_sync_norms(cfg.model)
+    detector = build_detector(cfg.model)
     detector.init_weights()
     detector.eval()
     with torch.no_grad():
@@ -32,7 +31,7 @@ def write_checkpoint(cfg, path, image, normalised=True):
                 last.weight.fill_(0.2 if normalised else 0.5)
         picture = preprocess(image, describe_preprocessing(cfg))
         prepare(detector, torch.from_numpy(picture.blob), picture.image_size, normalised)
-    num_classes = detector.roi_head.bbox_head.num_classes
+    num_classes = stages(detector.roi_head.bbox_head)[-1].num_classes
     classes = getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or ()
     if len(classes) != num_classes:
         classes = [f"class {i}" for i in range(num_classes)]
@@ -40,27 +39,58 @@ def write_checkpoint(cfg, path, image, normalised=True):
     return path
 
 
+def scale_point_rend(roi_head, roi_feats):
+    """Scale the last layers of PointRend's two mask heads by what RoIs' features [n, C, s, s] give."""
+    scale_layer(roi_head.mask_head.fc_logits, [roi_head.mask_head(roi_feats).flatten(1)], 2.0)
+    coarse = torch.nn.functional.interpolate(roi_head.mask_head(roi_feats), roi_feats.shape[2:])
+    points = roi_head.point_head(roi_feats.flatten(2), coarse.flatten(2))
+    scale_layer(roi_head.point_head.fc_logits, [points], 2.0)
+
+
+def forget_pretrained(model):
+    """Delete from a config's model, wherever they stand, the names of pretrained weights, which would be downloaded."""
+    for part in model if isinstance(model, list) else list(model.values()):
+        if isinstance(part, (dict, list)):
+            forget_pretrained(part)
+    if isinstance(model, dict):
+        model.pop("pretrained", None)
+        if "checkpoint" in (model.get("init_cfg") or {}):
+            del model["init_cfg"]
+
+
 def prepare(detector, blob, image_size, normalised=True):
     """Scale the heads of a detector by what a picture [1, 3, H, W] gives; normalise each layer first, if wanted."""
     parts = list(detector.modules())
     norms = [part for part in parts if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
-    convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d)]
+    offsets = [part.conv_offset for part in parts if hasattr(part, "conv_offset")]
+    convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d) and part not in offsets]
     normalising = [norm.register_forward_pre_hook(normalise) for norm in norms if normalised]
     scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions if normalised]
+    for offset in offsets:  # of deformable convolutions; they start at zero, and far from it rounding counts
+        torch.nn.init.normal_(offset.weight)
+        scaling.append(offset.register_forward_hook(partial(scale_to_unit, deviation=0.4)))
     features = detector.extract_feat(blob)
     for hook in scaling:
         hook.remove()
-    rpn, roi_head, head = detector.rpn_head, detector.roi_head, Model2(detector)
+    rpn, roi_head = detector.rpn_head, detector.roi_head
 
-    def pool():
+    def pool(extractor, head):
         metas = [{"img_shape": (*image_size, 3)}]
         proposals = rpn.get_bboxes(*rpn(features), img_metas=metas, cfg=detector.test_cfg.rpn)
-        extractor = roi_head.bbox_roi_extractor
         roi_feats = extractor(features[: extractor.num_inputs], bbox2roi([proposals[0][:100]]))
         head(roi_feats)  # normalises its layers
         return roi_feats
 
-    layers = (roi_head.bbox_head.fc_cls, roi_head.bbox_head.fc_reg)
-    make_heads_discriminate(features, rpn, (rpn.rpn_cls, rpn.rpn_reg), pool, head, layers)
+    scale_rpn(features, rpn, (rpn.rpn_cls, rpn.rpn_reg))
+    for extractor, bbox_head in zip(stages(roi_head.bbox_roi_extractor), stages(roi_head.bbox_head)):
+        head = RoIHead(roi_head, bbox_head)
+        scale_head(head(pool(extractor, head)), (bbox_head.fc_cls, bbox_head.fc_reg))
+    if roi_head.with_mask:
+        for extractor, mask_head in zip(stages(roi_head.mask_roi_extractor), stages(roi_head.mask_head)):
+            head = RoIHead(roi_head, mask_head)
+            if hasattr(roi_head, "point_head"):
+                scale_point_rend(roi_head, pool(extractor, head))
+            else:
+                scale_layer(mask_head.conv_logits, head(pool(extractor, head)), 2.0)
     for hook in normalising:
         hook.remove()

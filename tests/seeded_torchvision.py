@@ -1,10 +1,10 @@
-"""torchvision's Faster R-CNNs with seeded weights, see seeded.py."""
+"""torchvision's Faster R-CNNs and Mask R-CNNs with seeded weights, see seeded.py."""
 
 import re
 
 import numpy as np
 import torch
-from seeded import make_heads_discriminate, normalise, scale_to_unit
+from seeded import normalise, scale_head, scale_layer, scale_rpn, scale_to_unit
 from torchvision.models import get_model_builder
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.mobilenetv3 import InvertedResidual
@@ -25,12 +25,10 @@ def write_checkpoint(builder, path, image, num_classes=91):
 
 
 def old_name(name):
-    """Return what torchvision called a weight before it wrapped the convolutions of RPN and FPN into blocks."""
-    return (
-        name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        if "rpn" in name
-        else re.sub(r"(fpn\.(inner|layer)_blocks\.\d)\.0\.", r"\1.", name)
-    )
+    """Return what torchvision called a weight before it wrapped the convolutions outside the backbone into blocks."""
+    name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+    name = re.sub(r"(fpn\.(inner|layer)_blocks\.\d)\.0\.", r"\1.", name)
+    return re.sub(r"(mask_head)\.(\d)\.0\.", lambda found: f"{found[1]}.mask_fcn{int(found[2]) + 1}.", name)
 
 
 def seeded_model(builder, image, num_classes=91):
@@ -57,17 +55,18 @@ def prepare(model, image):
     features = model.backbone(images.tensors)
     rpn, heads = model.rpn.head, model.roi_heads
 
-    def pool():
-        return heads.box_roi_pool(features, model.rpn(images, features)[0], images.image_sizes)
-
     # Random layers see little difference between boxes, those of the second version, the deepest, the least. Scaled up
     # as far as MMDetection's, their rounding would count.
     deviations = (1.4 if isinstance(heads.box_head, TwoMLPHead) else 1.0, 0.3)
-    make_heads_discriminate(
-        list(features.values()), rpn, (rpn.cls_logits, rpn.bbox_pred),
-        pool, lambda rois: heads.box_predictor(heads.box_head(rois)),
-        (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred), deviations=deviations,
-    )  # fmt: skip
+    scale_rpn(list(features.values()), rpn, (rpn.cls_logits, rpn.bbox_pred))
+    proposals = model.rpn(images, features)[0]
+    outputs = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes)))
+    scale_head(outputs, (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred), deviations)
     heads.box_roi_pool.scales = None
+    if heads.has_mask():
+        roi_feats = heads.mask_roi_pool(features, [proposals[0][:100]], images.image_sizes)
+        logits = heads.mask_predictor.mask_fcn_logits
+        scale_layer(logits, [heads.mask_predictor(heads.mask_head(roi_feats))], 2.0)
+        heads.mask_roi_pool.scales = None
     for hook in normalising + scaling:
         hook.remove()

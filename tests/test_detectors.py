@@ -37,7 +37,8 @@ def test_preprocessing_is_bit_equal_to_mmdetection(photographs, scale):
     for image in [*photographs.values(), *odd]:
         expected = pipeline({"img": image})
         meta = expected["img_metas"][0].data
-        blob, image_size, scale_factor = preprocess(image, settings)
+        blob, image_size, scale_factor, original_size = preprocess(image, settings)
+        assert original_size == meta["ori_shape"][:2]
         assert blob.dtype == np.float32
         np.testing.assert_array_equal(blob[0], expected["img"][0].numpy())
         assert tuple(image_size) == meta["img_shape"][:2]
@@ -531,5 +532,5 @@ def test_eight_threads_and_a_hundred_runs_give_the_same_bits():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(detector, [image, upright] * 50))
     for number, run in enumerate(runs):
-        for field, other in zip(run, expected[number % 2]):
+        for field, other in zip(run[:3], expected[number % 2]):
             assert field.tobytes() == other.tobytes()

@@ -129,7 +129,8 @@ def test_the_twelve_numbers_are_mmdetections(shapes_detector, many_pictures, tmp
     )
     assert status == 0
     printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " @[ " in line]
-    ours = evaluate.evaluate(evaluate.read_annotations(many_pictures / "val.json"), tmp_path / "detections.json", IDS)
+    results = json.loads((tmp_path / "detections.json").read_text())
+    ours = evaluate.evaluate(evaluate.read_annotations(many_pictures / "val.json"), results, "bbox", IDS)
     ours.summarize()
     expected = mmdetection_evaluation(shapes_detector, many_pictures, monkeypatch)
     assert len(ours.stats) == len(expected.stats) == 12
@@ -146,8 +147,8 @@ def test_a_class_without_objects_has_no_precision(pictures, whole, tmp_path):
     content = json.loads((pictures / "val.json").read_text())
     content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] != IDS[2]]
     (tmp_path / "val.json").write_text(json.dumps(content))
-    (tmp_path / "detections.json").write_bytes(whole[1])
-    evaluation = evaluate.evaluate(evaluate.read_annotations(tmp_path / "val.json"), tmp_path / "detections.json", IDS)
+    coco = evaluate.read_annotations(tmp_path / "val.json")
+    evaluation = evaluate.evaluate(coco, json.loads(whole[1]), "bbox", IDS)
     averages = evaluate.class_precision(evaluation)
     assert [category for category, (average, _) in averages.items() if np.isnan(average)] == [IDS[2]]
 

@@ -391,7 +391,7 @@ def test_detections_by_hand():
     cls = np.float32([[math.log(4), math.log(3), math.log(9)], [99, -99, -99]])
     reg = np.zeros((2, 8), np.float32)
     reg[0, 5] = 5  # the second class of the first RoI moves down by 5 * 0.1 of its height
-    rois, picture = np.float32([[10, 20, 30, 60], [50, 50, 90, 120]]), Picture(None, (100, 80), [2, 4, 2, 4])
+    rois, picture = np.float32([[10, 20, 30, 60], [50, 50, 90, 120]]), Picture(None, (100, 80), [2, 4, 2, 4], None)
     found = detect(cls, reg, rois, picture, replace(HEAD, score_threshold=0.19))
     np.testing.assert_allclose(found.boxes, [[25, 12.5, 40, 25], [5, 5, 15, 15]])  # clipped to 80 x 100, then scaled
     np.testing.assert_allclose(found.scores, [1, 0.25], rtol=1e-6)
@@ -415,7 +415,7 @@ def test_detections_equal_the_onnx_operator(score_threshold):
     best = np.argsort(-scores[box, label], kind="stable")[:100]
 
     head = replace(HEAD, class_agnostic=True, score_threshold=score_threshold)
-    found = detect(cls, reg, rois, Picture(None, (480, 640), scale_factor), head)
+    found = detect(cls, reg, rois, Picture(None, (480, 640), scale_factor, None), head)
     assert 20 < len(found.labels) < (scores > score_threshold).sum()
     np.testing.assert_array_equal(found.labels, label[best])
     np.testing.assert_allclose(found.boxes, boxes[box[best]])
@@ -425,7 +425,7 @@ def test_detections_equal_the_onnx_operator(score_threshold):
 @pytest.mark.parametrize(("rois", "found"), [(NMS_SPLIT // 2 - 1, 1), (NMS_SPLIT // 2, 2)])
 def test_class_agnostic_nms_lets_the_classes_meet_below_the_split(rois, found):
     """From the split on mmcv runs NMS once for each class, whatever it was asked for."""
-    boxes, picture = np.tile(np.float32([10, 10, 50, 50]), (rois, 1)), Picture(None, (100, 100), [1] * 4)
+    boxes, picture = np.tile(np.float32([10, 10, 50, 50]), (rois, 1)), Picture(None, (100, 100), [1] * 4, None)
     head = replace(HEAD, class_agnostic=True, nms_class_agnostic=True)
     detections = detect(np.zeros((rois, 3), np.float32), np.zeros((rois, 4), np.float32), boxes, picture, head)
     assert len(detections.labels) == found
@@ -434,6 +434,6 @@ def test_class_agnostic_nms_lets_the_classes_meet_below_the_split(rois, found):
 def test_no_proposals_give_no_detections():
     """MMDetection leaves its head before this; the end of ours takes nothing and gives nothing."""
     rois, cls, reg = (np.zeros((0, width), np.float32) for width in (4, 13, 48))
-    found = detect(cls, reg, rois, Picture(None, (480, 640), [1] * 4), HEAD)
+    found = detect(cls, reg, rois, Picture(None, (480, 640), [1] * 4, None), HEAD)
     assert found.boxes.shape == (0, 4)
     assert found.scores.shape == found.labels.shape == (0,)

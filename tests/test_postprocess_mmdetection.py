@@ -289,7 +289,7 @@ def head_outputs(rois, class_agnostic):
     proposals = random_boxes(rng, rois, clusters=20)
     cls = rng.normal(0, 3, (rois, classes + 1)).astype(np.float32)
     reg = rng.normal(0, 1, (rois, 4 if class_agnostic else 4 * classes)).astype(np.float32)
-    return cls, reg, proposals, Picture(None, (480, 640), np.float32([1.37, 1.41, 1.37, 1.41]))
+    return cls, reg, proposals, Picture(None, (480, 640), np.float32([1.37, 1.41, 1.37, 1.41]), None)
 
 
 @pytest.mark.parametrize("class_agnostic", [False, True])

@@ -242,7 +242,7 @@ def test_detections_equal_torchvision_where_rounding_decides():
     cls = np.full((90, 81), -9, np.float32)
     cls[np.arange(90), labels + 1] = rng.permutation(np.linspace(0, 5, 90))
     reg = np.zeros((90, 324), np.float32)
-    picture = Picture(None, image_size, np.float32([1000 / 627, 765 / 480] * 2))
+    picture = Picture(None, image_size, np.float32([1000 / 627, 765 / 480] * 2), None)
     heads = BOX_HEAD, replace(BOX_HEAD, nms_resized=False)
     found = [detect(np.roll(cls, -1, axis=1), reg[:, 4:], rois, picture, head) for head in heads]
     assert_equal_detections(found[0], own_detections(cls, reg, rois, image_size, size), pixels=1e-3)
@@ -258,7 +258,7 @@ def test_detections_equal_torchvision(count, score_threshold):
         cls = rng.normal(0, 3, (count, classes + 1)).astype(np.float32)  # the background first
         reg = rng.normal(0, 1.5, (count, 4 * (classes + 1))).astype(np.float32)
         expected = own_detections(cls, reg, rois, image_size, (480, 627), score_threshold)
-        picture = Picture(None, image_size, np.float32([1000 / 627, 765 / 480] * 2))
+        picture = Picture(None, image_size, np.float32([1000 / 627, 765 / 480] * 2), None)
         settings = replace(BOX_HEAD, score_threshold=score_threshold)
         found = detect(np.roll(cls, -1, axis=1), reg[:, 4:], rois, picture, settings)
         assert len(expected.boxes) > 15

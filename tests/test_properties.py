@@ -296,7 +296,7 @@ def test_detections_of_anything_are_boxes_in_the_picture(count, classes, thresho
     reg = data.draw(arrays(np.float32, (count, 4 * classes), elements=DELTAS))
     rois = data.draw(arrays(np.float32, (count, 4), elements=COORDINATES))
     head = replace(HEAD, score_threshold=threshold, max_per_img=10)
-    boxes, scores, labels = detect(cls, reg, rois, Picture(None, (60, 80), [2] * 4), head)
+    boxes, scores, labels, _ = detect(cls, reg, rois, Picture(None, (60, 80), [2] * 4, None), head)
     assert boxes.shape == (len(scores), 4)
     assert len(labels) == len(scores) <= 10
     assert np.isfinite(boxes).all()
