@@ -39,6 +39,7 @@ from pictures import coco_results, printable, read_picture, run_program, write_f
 try:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+    from pycocotools.mask import area as mask_area
 except ImportError:
     COCO = None
 
@@ -119,7 +120,7 @@ def kinds_of(coco, settings):
         return ["bbox"]
     for annotation in coco.anns.values():
         try:
-            coco.annToRLE(annotation)
+            mask_area(coco.annToRLE(annotation))
         except Exception as error:  # whatever it stumbles over
             raise EvaluationError(
                 f"an annotation of image {annotation['image_id']} has no mask that pycocotools can read "

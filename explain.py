@@ -2,6 +2,8 @@
 
 python explain.py PICTURE      into the folder output/: 1_input.png to 9_result.png, and index.html with all of them
 
+A cascade adds a page, and so do masks.
+
 Exit status: 0 all well, 2 nothing could be done, 130 interrupted.
 """
 
@@ -10,6 +12,7 @@ import base64
 import html
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +23,30 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-from detectors import ModelError, default_folder, load, one_line  # noqa: E402
+from detectors import ModelError, default_folder, load, one_line, rle  # noqa: E402
+from explain_relatives import draw_cascade, draw_masks  # noqa: E402
+from figures import (  # noqa: E402
+    DPI,
+    PALETTE,
+    SCORES,
+    WIDTH,
+    Page,
+    add_score_bar,
+    colours_of_scores,
+    draw_bars,
+    draw_boxes,
+    draw_zoom,
+    empty_page,
+    mpl,
+    new_figure,
+    nothing,
+    numbered,
+    panel_height,
+    show,
+)
 from pictures import draw, drawable_names, printable, read_picture, run_program, write_file  # noqa: E402
 from postprocess import (  # noqa: E402
     NMS_SPLIT,
-    decode_boxes,
     interpolation_matrices,
     level_anchors,
     moved_apart,
@@ -36,37 +58,30 @@ from postprocess import (  # noqa: E402
 )
 
 try:
-    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import PolyCollection
-    from matplotlib.figure import Figure
 except ImportError:
-    mpl = None
+    FigureCanvasAgg = None
 
-# Told apart with any kind of colour vision (Okabe and Ito's colours); a level has the same one in every picture.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-SCORES = "viridis"
-WIDTH, DPI = 10, 100  # inches and pixels per inch: 1000 pixels, about as wide as GitHub shows
 SHOWN_SCORE = 0.3
 
 
-class Page(NamedTuple):
-    """One step of the explanation."""
-
-    name: str
-    caption: str  # one line, in the picture
-    text: str  # for index.html
-    functions: str
-    figure: object
-
-
 class Pipeline:
-    """A detector, a picture and the arrays of every stage: self.propose["candidates"] and so on."""
+    """A detector, a picture and the arrays of every stage: self.propose["candidates"] and so on.
+
+    What a cascade does several times is in lists: `aligned`, `heads` and the `rois` that each head sees, one entry for
+    each head; `mask_heads`, empty where there are no masks. RoI number i of every head comes from proposal number i.
+    """
 
     def __init__(self, detector, image):
         self.detector, self.image, self.settings = detector, image, detector.settings
         self.detections = detector(image, self.record)
         self.returned = self.detect["kept"][: len(self.detections.boxes)]  # the candidates that became detections
+        sure = self.detections.scores >= SHOWN_SCORE
+        self.shown = np.flatnonzero(sure if sure.any() else ~sure)  # the detections that pages choose from
+
+        self.aligned, self.heads, self.mask_heads = map(self.stages, ("align", "model2", "mask"))
+        self.rois = [self.propose["proposals"], *(stage["rois"] for stage in self.stages("refine"))]
+        self.logits = sum(head["cls"] for head in self.heads) / np.float32(len(self.heads))  # what detect got
         names = drawable_names(detector.classes)
         self.classes = [name.replace("$", r"\$") for name in names]  # between two, matplotlib reads TeX
 
@@ -90,6 +105,19 @@ class Pipeline:
         """Keep the arrays of a stage under its name."""
         setattr(self, stage, arrays)
 
+    def stages(self, name):
+        """Return what was recorded under a name, or by a cascade under name_0, name_1 and so on."""
+        return [arrays for stage, arrays in vars(self).items() if re.fullmatch(rf"{name}(_\d+)?", stage)]
+
+    def moving_most(self, boxes, count):
+        """Return the candidates that became confident detections, those first that moved most from their RoI's box.
+
+        boxes [r, 4]: the RoIs, or what they were before.
+        """
+        chosen = self.returned[self.shown]
+        before, after = boxes[self.detect["rois"][chosen]], self.detect["resized"][chosen]
+        return chosen[np.argsort(pairwise_iou(before, after).diagonal(), kind="stable")][:count]
+
 
 def listed(values):
     """Return numbers as a text: "0.5, 1 and 2"."""
@@ -102,63 +130,15 @@ def level_names(number):
     return "level 0" if number == 1 else f"levels 0 to {number - 1}"
 
 
-# ---------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------- the nine pictures
 
 
-def new_figure(caption, height):
-    """Return an empty figure with its caption."""
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    figure.suptitle(caption, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    return figure
-
-
-def show(axis, picture, title="", fade=0.0):
-    """Show a picture [h, w, 3], faded towards white, without ticks."""
-    height, width = picture.shape[:2]
-    axis.imshow((picture * (1 - fade) + 255 * fade).astype(np.uint8))
-    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), autoscale_on=False)
-    axis.set_title(title, fontsize=11)
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def panel_height(picture, columns, rows=1):
-    """Return the height in inches of a figure with so many pictures side by side."""
-    height, width = picture.shape[:2]
-    return np.clip(WIDTH / columns * height / width, 1.6, 7) * rows + 0.4 + 0.25 * rows
-
-
-def draw_boxes(axis, boxes, colours, width=1.5, style="solid"):
-    """Draw boxes [n, 4]; colours: one, or n."""
-    if len(boxes):
-        x1, y1, x2, y2 = np.asarray(boxes).T
-        corners = np.stack([x1, y1, x2, y1, x2, y2, x1, y2], axis=1).reshape(-1, 4, 2)
-        axis.add_collection(PolyCollection(corners, facecolors="none", edgecolors=colours, linewidths=width,
-                                           linestyles=style))  # fmt: skip
-
-
-def colours_of_scores(scores):
-    """Return a colour for each score, from 0 to 1."""
-    return mpl.colormaps[SCORES](np.asarray(scores, float))
-
-
-def add_score_bar(figure, axes, label):
-    """Draw the scale of the scores' colours beside the axes."""
-    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), SCORES)
-    figure.colorbar(scale, ax=axes, label=label, shrink=0.8, pad=0.01)
-
-
-def nothing(axis, text):
-    """Say that there is nothing to draw."""
-    axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes, fontsize=12, color="#555555")
-
-
-def level_panels(p, caption, fade):
+def level_panels(p, fade):
     """Return a figure with the resized picture once for each level, and the levels' axes."""
     levels = len(p.strides)
     columns = min(levels, 3)
     rows = -(-levels // columns)
-    figure = new_figure(caption, panel_height(p.resized, columns, rows))
+    figure = new_figure(panel_height(p.resized, columns, rows))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[levels:]:
         axis.axis("off")
@@ -167,19 +147,16 @@ def level_panels(p, caption, fade):
     return figure, axes[:levels]
 
 
-# ---------------------------------------------------------------------- the nine pictures
-
-
 def draw_input(p):
-    """1: the picture as the first network sees it."""
+    """Draw the picture as the first network sees it."""
     height, width = p.resized.shape[:2]
     padded_height, padded_width = p.seen.shape[:2]
     original_height, original_width = p.image.shape[:2]
     caption = (
-        f"1  Input: {original_width} x {original_height} pixels, resized to {width} x {height}, "
+        f"Input: {original_width} x {original_height} pixels, resized to {width} x {height}, "
         f"padded to {padded_width} x {padded_height}"
     )
-    figure = new_figure(caption, panel_height(p.seen, 1.1) + 0.3)
+    figure = new_figure(panel_height(p.seen, 1.1) + 0.3)
     axis = figure.subplots()
     show(axis, p.seen)
     for x, y, w, h in ((width, 0, padded_width - width, padded_height), (0, height, width, padded_height - height)):
@@ -203,16 +180,16 @@ def draw_input(p):
         f"on the right and at the bottom make both sides multiples of {settings.pad_divisor}, because the first "
         "network halves the picture again and again."
     )
-    return Page("1_input", caption, text, "detectors.preprocess.preprocess", figure)
+    return Page("input", caption, text, "detectors.preprocess.preprocess", figure)
 
 
 def draw_anchors(p):
-    """2: the anchors of three cells of each level, to scale."""
+    """Draw the anchors of three cells of each level, to scale."""
     levels, settings = len(p.strides), p.settings.proposals.anchors
     counts = [anchors[..., 0].size for anchors in p.anchors]
     number = p.anchors[0].shape[2]
-    caption = f"2  Anchors: {sum(counts):,} boxes of fixed sizes, {number} at every cell of every level"
-    figure, axes = level_panels(p, caption, fade=0.55)
+    caption = f"Anchors: {sum(counts):,} boxes of fixed sizes, {number} at every cell of every level"
+    figure, axes = level_panels(p, fade=0.55)
     height, width = p.resized.shape[:2]
     for level, axis in enumerate(axes):
         map_height, map_width = p.anchors[level].shape[:2]
@@ -232,7 +209,7 @@ def draw_anchors(p):
         "anchors of three cells, with a cross in their centre. Coarse levels have few anchors, and large ones."
     )
     functions = "postprocess.level_anchors, postprocess.base_anchors, postprocess.grid_anchors"
-    return Page("2_anchors", caption, text, functions, figure)
+    return Page("anchors", caption, text, functions, figure)
 
 
 def extent_of(anchors, stride):
@@ -245,13 +222,13 @@ def extent_of(anchors, stride):
 
 
 def draw_objectness(p):
-    """3: the RPN's scores of each level over the picture."""
+    """Draw the RPN's scores of each level over the picture."""
     strides, softmax_of_two, maps = p.strides, p.settings.proposals.softmax, []
     for logits, anchors in zip(p.cls, p.anchors):
         maps.append(objectness(logits, softmax_of_two).reshape(anchors.shape[:3]).max(axis=2))
     best = max(scores.max() for scores in maps)
-    caption = f"3  Objectness: how sure the RPN is that there is an object at a cell (best {best:.2f})"
-    figure, axes = level_panels(p, caption, fade=0.3)
+    caption = f"Objectness: how sure the RPN is that there is an object at a cell (best {best:.2f})"
+    figure, axes = level_panels(p, fade=0.3)
     for level, axis in enumerate(axes):
         axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
         alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
@@ -265,15 +242,15 @@ def draw_objectness(p):
         "likely it is to hold an object, of whatever class. A cell has the colour of its best anchor's objectness and "
         "is drawn around their centre. Small objects light up on the fine levels, large ones on the coarse levels."
     )
-    return Page("3_objectness", caption, text, "model1.onnx, postprocess.objectness", figure)
+    return Page("objectness", caption, text, "model1.onnx, postprocess.objectness", figure)
 
 
 def draw_proposals(p, shown=60):
-    """4: the best decoded anchors, what NMS keeps of them, and what goes on."""
+    """Draw the best decoded anchors, what NMS keeps of them, and what goes on."""
     stage = p.propose
     before, kept, after = (len(stage[name]) for name in ("candidates", "kept", "proposals"))
-    caption = f"4  Proposals: {before:,} decoded anchors, {kept:,} kept by NMS, {after:,} go on"
-    figure = new_figure(caption, panel_height(p.resized, 2))
+    caption = f"Proposals: {before:,} decoded anchors, {kept:,} kept by NMS, {after:,} go on"
+    figure = new_figure(panel_height(p.resized, 2))
     left, right = axes = figure.subplots(1, 2)
     drawn = [np.flatnonzero(stage["levels"] == level)[:shown] for level in range(len(p.strides))]
     drawn = np.concatenate(drawn) if before else np.zeros(0, int)
@@ -290,11 +267,11 @@ def draw_proposals(p, shown=60):
     functions = (
         "postprocess.propose, postprocess.top_k, postprocess.decode_boxes, postprocess.batched_nms, postprocess.nms"
     )
-    return Page("4_proposals", caption, tell_proposals(p, shown), functions, figure)
+    return Page("proposals", caption, tell_proposals(p, shown), functions, figure)
 
 
 def tell_proposals(p, shown):
-    """Return the text of picture 4."""
+    """Return the text about the proposals."""
     stage, settings = p.propose, p.settings.proposals
     decoded = [anchors[..., 0].size for anchors in p.anchors]
     if settings.nms_pre > 0:
@@ -318,13 +295,13 @@ def tell_proposals(p, shown):
 
 
 def draw_pyramid(p, shown=40):
-    """5: the level of the pyramid that each proposal is assigned to."""
-    proposals, levels, settings = p.propose["proposals"], p.align["levels"], p.settings.rois
+    """Draw the level of the pyramid that each proposal is assigned to."""
+    proposals, levels, settings = p.propose["proposals"], p.aligned[0]["levels"], p.settings.rois
     num_levels = len(settings.strides)
     counts = np.bincount(levels, minlength=num_levels)
     gets = "the level gets" if num_levels == 1 else "the levels get"
-    caption = f"5  Pyramid: {gets} {listed(counts)} proposals"
-    figure = new_figure(caption, max(panel_height(p.resized, 1.8), 3.6))
+    caption = f"Pyramid: {gets} {listed(counts)} proposals"
+    figure = new_figure(max(panel_height(p.resized, 1.8), 3.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     show(left, p.resized, f"the best {shown} of each level", fade=0.5)
     for level in range(num_levels):
@@ -337,12 +314,14 @@ def draw_pyramid(p, shown=40):
     if num_levels < len(p.strides):
         finest = "finest gives" if num_levels == 1 else f"{num_levels} finest give"
         text += f" Of the {len(p.strides)} levels, only the {finest} features to the second network."
-    return Page("5_pyramid", caption, text, "postprocess.assign_levels", figure)
+    if len(p.heads) > 1:
+        text += " Each later head of the cascade has boxes of its own, which find their levels in the same way."
+    return Page("pyramid", caption, text, "postprocess.assign_levels", figure)
 
 
 def draw_sizes(axis, p):
     """Draw how many proposals there are of each size, coloured by level, and the sizes where the level changes."""
-    proposals, levels, settings = p.propose["proposals"], p.align["levels"], p.settings.rois
+    proposals, levels, settings = p.propose["proposals"], p.aligned[0]["levels"], p.settings.rois
     scale, num_levels = settings.finest_scale, len(settings.strides)
     sizes = np.sqrt(np.maximum((proposals[:, 2:] - proposals[:, :2]).prod(axis=1), 1))
     thresholds = scale * 2.0 ** np.arange(1, num_levels)
@@ -375,7 +354,7 @@ class Sampling(NamedTuple):
 
 def sampling_of(p, which):
     """Return the Sampling of a proposal."""
-    settings, level = p.settings.rois, p.align["levels"][which]
+    settings, level = p.settings.rois, p.aligned[0]["levels"][which]
     height, width = p.features[level].shape[1:]
     start, lengths = to_cells(p.propose["proposals"][[which]], settings.strides[level], settings.aligned)
     sampling = Sampling(start[0], lengths[0], [], [], [])
@@ -409,42 +388,42 @@ def principal_component(features):
 
 
 def draw_roi_align(p):
-    """6: RoIAlign of one proposal, from the sample points to the result."""
+    """Draw RoIAlign of one proposal, from the sample points to the result."""
     functions = ", ".join(
         f"postprocess.{name}" for name in ("to_cells", "sample_points", "interpolation_matrices", "roi_align")
     )
     which = explained_roi(p)
     if which is None:
-        return empty_page(p, "6_roi_align", "6  RoIAlign: there is no proposal", functions)
-    level, sampling, bins = p.align["levels"][which], sampling_of(p, which), p.settings.rois.output_size
+        return empty_page(p.resized, "roi_align", "RoIAlign: there is no proposal", functions)
+    level, sampling, bins = p.aligned[0]["levels"][which], sampling_of(p, which), p.settings.rois.output_size
     (left, right), (top, bottom) = sampling.cells
     crop = p.features[level][:, top:bottom, left:right].transpose(1, 2, 0)
     project = principal_component(crop)
     points = " x ".join(str(points.shape[1]) for points in sampling.points)
     cells = f"{right - left} x {bottom - top} cells"
-    caption = f"6  RoIAlign: {bins} x {bins} bins of {points} points, from {cells} of level {level}"
-    figure = new_figure(caption, 7.2)
+    caption = f"RoIAlign: {bins} x {bins} bins of {points} points, from {cells} of level {level}"
+    figure = new_figure(7.2)
     rows = [["picture"] * 2 + ["crop"] * 2 + ["result"] * 2, ["y"] * 3 + ["x"] * 3]
     grid = figure.subplot_mosaic(rows, height_ratios=(1.5, 1))
     box = p.propose["proposals"][[which]]
     draw_zoom(grid["picture"], p.resized, box, f"proposal {which + 1:,} in the picture")
     draw_boxes(grid["picture"], box, PALETTE[5], 2)
     draw_crop(grid["crop"], project(crop), sampling, bins)
-    result = project(p.align["roi_feats"][which].transpose(1, 2, 0))
+    result = project(p.aligned[0]["roi_feats"][which].transpose(1, 2, 0))
     figure.colorbar(grid["result"].imshow(result, cmap="cividis"), ax=grid["result"], shrink=0.7)
     grid["result"].set_title(f"the result: {bins} x {bins} bins", fontsize=11)
     draw_matrix(grid["y"], sampling.matrices[1], "y", "rows")
     draw_matrix(grid["x"], sampling.matrices[0], "x", "columns")
-    return Page("6_roi_align", caption, tell_roi_align(p, points), functions, figure)
+    return Page("roi_align", caption, tell_roi_align(p, points), functions, figure)
 
 
 def tell_roi_align(p, points):
-    """Return the text of picture 6, whose bins have so many points: "2 x 2"."""
+    """Return the text about RoIAlign, whose bins have so many points: "2 x 2"."""
     settings, channels = p.settings.rois, len(p.features[0])
     bins, number = f"{settings.output_size} x {settings.output_size}", "as in every bin"
     if settings.sampling_ratio == 0:
         number = "along each axis as many as a bin is cells long, rounded up"
-    return (
+    text = (
         f"The second network takes {bins} values from each channel, however large the proposal is. So RoIAlign cuts "
         f"the proposal into {bins} bins, and the value of a bin is the mean of its sample points: here {points} "
         f"({number}). A point takes its value from the four cells around it, and the nearest counts most. The weight "
@@ -452,6 +431,9 @@ def tell_roi_align(p, points):
         "all bins at once: Wy @ crop @ Wx transposed. The colours of the crop and of the result are the first "
         f"principal component of {channels} channels. The result is what the second network sees."
     )
+    if len(p.heads) > 1:
+        text += " Each later head of the cascade sees the features of its own boxes, pooled in the same way."
+    return text
 
 
 def draw_matrix(axis, matrix, name, cells):
@@ -461,16 +443,6 @@ def draw_matrix(axis, matrix, name, cells):
     axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axis.set_xlabel(f"{cells} of the crop")
     axis.set_ylabel("bins")
-
-
-def draw_zoom(axis, picture, boxes, title):
-    """Show the part of a picture around boxes [n, 4]."""
-    height, width = picture.shape[:2]
-    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-    margin = 0.2 * max(*(high - low), 4)
-    show(axis, picture, title, fade=0.2)
-    axis.set_xlim(max(low[0] - margin, 0) - 0.5, min(high[0] + margin, width) - 0.5)
-    axis.set_ylim(min(high[1] + margin, height) - 0.5, max(low[1] - margin, 0) - 0.5)
 
 
 def draw_crop(axis, values, sampling, bins):
@@ -487,20 +459,20 @@ def draw_crop(axis, values, sampling, bins):
 
 
 def draw_head(p, shown=4):
-    """7: boxes before and after their regression, and the class scores."""
-    best = moving_most(p, shown)
-    functions = "model2.onnx, postprocess.softmax, postprocess.decode_boxes"
+    """Draw boxes before and after their regression, and the class scores."""
+    best = p.moving_most(p.rois[-1], shown)
+    network = [name for name in p.detector.networks if name.startswith("model2")][-1]
+    functions = f"{network}, postprocess.softmax, postprocess.decode_boxes"
     if len(best) == 0:
-        return empty_page(p, "7_head", "7  Head: no class has a score above the threshold", functions)
+        return empty_page(p.resized, "head", "Head: no class has a score above the threshold", functions)
     caption = (
-        f"7  Head: class scores and a better box for each of {len(p.model2['cls']):,} proposals "
-        "(dashed: before, solid: after)"
+        f"Head: class scores and a better box for each of {len(p.logits):,} proposals (dashed: before, solid: after)"
     )
-    figure = new_figure(caption, 4.6)
+    figure = new_figure(4.6)
     axes = figure.subplots(2, shown, squeeze=False, height_ratios=(1.6, 1))
     for (above, below), candidate, colour in zip(axes.T, best, PALETTE):
         draw_regression(above, p, candidate, colour)
-        scores = softmax(p.model2["cls"][p.detect["rois"][candidate]])
+        scores = softmax(p.logits[p.detect["rois"][candidate]])
         draw_class_scores(below, scores, [*p.classes, "background"], colour)
     for axis in axes[:, len(best) :].ravel():
         axis.axis("off")
@@ -510,13 +482,18 @@ def draw_head(p, shown=4):
         f"class and for the background (a softmax), and with {deltas}, which move and scale the box once more. Shown "
         "are the detections whose boxes moved most; proposals are numbered by their objectness, the best first."
     )
-    return Page("7_head", caption, text, functions, figure)
+    if len(p.heads) > 1:
+        text += (
+            f" This is the last of {len(p.heads)} heads, which moves the boxes that the others left. The scores are "
+            "those of the mean of all heads' logits."
+        )
+    return Page("head", caption, text, functions, figure)
 
 
 def draw_regression(axis, p, candidate, colour):
-    """Show the proposal that a candidate came from, its box before and after the regression, and how corners moved."""
-    which, label = p.detect["rois"][candidate], p.detect["labels"][candidate]
-    before, after = p.propose["proposals"][which], refined(p, which, label)
+    """Show where a candidate came from: its box before and after the regression, and how the corners moved."""
+    which = p.detect["rois"][candidate]
+    before, after = p.rois[-1][which], p.detect["resized"][candidate]
     draw_zoom(axis, p.resized, np.stack([before, after]), f"proposal {which + 1:,}")
     draw_boxes(axis, before[None], colour, 1.5, "dashed")
     draw_boxes(axis, after[None], colour, 2)
@@ -525,35 +502,10 @@ def draw_regression(axis, p, candidate, colour):
         axis.annotate("", after[corner], before[corner], arrowprops=arrow)
 
 
-def moving_most(p, count):
-    """Return the candidates that became confident detections, those first whose proposal the head moved most."""
-    stage, confident = p.detect, p.returned[p.detections.scores >= SHOWN_SCORE]
-    chosen = confident if len(confident) else p.returned
-    overlaps = [
-        pairwise_iou(p.propose["proposals"][[roi]], refined(p, roi, label)[None])[0, 0]
-        for roi, label in zip(stage["rois"][chosen], stage["labels"][chosen])
-    ]
-    return chosen[np.argsort(overlaps, kind="stable")][:count]
-
-
-def refined(p, which, label):
-    """Return a proposal's box [4] after its regression for a class."""
-    settings = p.settings.head
-    deltas = p.model2["reg"][which].reshape(-1, 4)[0 if settings.class_agnostic else label]
-    size = p.preprocess["image_size"]
-    return decode_boxes(p.propose["proposals"][which][None], deltas[None], settings, size)[0]
-
-
 def draw_class_scores(axis, scores, classes, colour):
     """Draw the best scores of one proposal as bars."""
     best = np.argsort(-scores, kind="stable")[:4][::-1]
-    axis.barh(range(len(best)), scores[best], color=colour)
-    axis.set_yticks(range(len(best)), [classes[label] for label in best], fontsize=9)
-    for row, label in enumerate(best):
-        axis.text(scores[label] + 0.02, row, f"{scores[label]:.2f}", va="center", fontsize=9)
-    axis.set_xlim(0, 1.3)
-    axis.set_xticks([])
-    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    draw_bars(axis, scores[best], [classes[label] for label in best], colour)
 
 
 def of_all_classes(p):
@@ -595,7 +547,7 @@ def at_most(values, count):
 
 
 def draw_nms(p, shown=12):
-    """8: what the last NMS removed, by what, at which IoU."""
+    """Draw what the last NMS removed, by what, at which IoU."""
     stage = p.detect
     removed, by, iou = removers(p)
     keepers = list(dict.fromkeys(by[at_most(by, 2)]))[: len(PALETTE)]
@@ -603,8 +555,8 @@ def draw_nms(p, shown=12):
     before, kept, after = len(stage["candidates"]), len(stage["kept"]), len(p.detections.boxes)
     name = "NMS" if p.settings.head.soft_min_score is None else "Soft-NMS"
     name += " of all classes together" if of_all_classes(p) else " class by class"
-    caption = f"8  {name}: {before:,} boxes above the score threshold, {kept:,} kept, {after:,} returned"
-    figure = new_figure(caption, max(panel_height(p.image, 1.8), 4.2))
+    caption = f"{name}: {before:,} boxes above the score threshold, {kept:,} kept, {after:,} returned"
+    figure = new_figure(max(panel_height(p.image, 1.8), 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     show(left, p.image[..., ::-1], "solid: kept; dashed: removed", fade=0.4)
     colours = dict(zip(keepers, PALETTE))
@@ -618,11 +570,11 @@ def draw_nms(p, shown=12):
     functions = "postprocess.detect, postprocess.batched_nms, postprocess." + (
         "nms" if p.settings.head.soft_min_score is None else "soft_nms"
     )
-    return Page("8_nms", caption, tell_nms(p), functions, figure)
+    return Page("nms", caption, tell_nms(p), functions, figure)
 
 
 def tell_nms(p):
-    """Return the text of picture 8."""
+    """Return the text about the last NMS."""
     settings, threshold = p.settings.head, f"{p.settings.head.iou_threshold:g}"
     before, kept, after = len(p.detect["candidates"]), len(p.detect["kept"]), len(p.detections.boxes)
     name, fate = "NMS", f"removes a box if its IoU with a better one that stays is above {threshold}"
@@ -654,39 +606,43 @@ def draw_overlaps(axis, p, removed, by, iou, colours):
 
 
 def draw_result(p):
-    """9: the detections."""
+    """Draw the detections."""
     shown = p.detections.where(p.detections.scores >= SHOWN_SCORE)
-    caption = (
-        f"9  Result: {len(p.detections.boxes)} detections, {len(shown.boxes)} with a score of at least {SHOWN_SCORE}"
-    )
+    caption = f"Result: {len(p.detections.boxes)} detections, {len(shown.boxes)} with a score of at least {SHOWN_SCORE}"
     scale = max(1, WIDTH * DPI / max(p.image.shape[:2]))  # draw on a picture as large as it will be shown
     image = cv2.resize(p.image, None, fx=scale, fy=scale) if scale > 1 else p.image
-    large = shown._replace(boxes=shown.boxes * np.float32(scale))
-    figure = new_figure(caption, panel_height(p.image, 1.1))
+    large = shown._replace(boxes=shown.boxes * np.float32(scale), masks=resized_masks(shown.masks, image))
+    figure = new_figure(panel_height(p.image, 1.1))
     show(figure.subplots(), draw(image, large, p.detector.classes)[..., ::-1])
     text = (
         "The boxes are divided by the factors by which the picture was resized: now they are pixels of the picture as "
         f"it came in. Drawn are the detections with a score of at least {SHOWN_SCORE}."
     )
-    return Page("9_result", caption, text, "postprocess.detect, pictures.draw", figure)
+    if shown.masks is not None:
+        text += " The pixels of a mask are tinted, and its outline is drawn."
+    return Page("result", caption, text, "postprocess.detect, pictures.draw", figure)
 
 
-def empty_page(p, name, caption, functions):
-    """Return a page that says that there is nothing to see."""
-    figure = new_figure(caption, panel_height(p.resized, 1.6))
-    axis = figure.subplots()
-    show(axis, p.resized, fade=0.7)
-    nothing(axis, "nothing to see here in this picture")
-    return Page(name, caption, "In this picture nothing gets this far.", functions, figure)
+def resized_masks(masks, image):
+    """Return run-length encoded masks, None or [d], stretched over an image."""
+    if masks is None:
+        return None
+    height, width = image.shape[:2]
+    decoded = [rle.decode(mask).astype(np.uint8) for mask in masks]
+    larger = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) > 0 for mask in decoded]
+    return np.array([rle.encode(mask, (height, width)) for mask in larger], object)
 
 
 # ---------------------------------------------------------------------- the files
 
 
-DRAWERS = (
-    draw_input, draw_anchors, draw_objectness, draw_proposals, draw_pyramid,
-    draw_roi_align, draw_head, draw_nms, draw_result,
-)  # fmt: skip
+def pages_of(p):
+    """Return the pages, numbered in the order of what happens."""
+    drawers = [draw_input, draw_anchors, draw_objectness, draw_proposals, draw_pyramid, draw_roi_align]
+    drawers += [draw_cascade, draw_head, draw_nms] if len(p.heads) > 1 else [draw_head, draw_nms]
+    drawers += [draw_masks, draw_result] if p.mask_heads else [draw_result]
+    return [numbered(draw_page(p), number) for number, draw_page in enumerate(drawers, 1)]
+
 
 STYLE = """body { font: 17px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
 img { width: 100%; border: 1px solid #ddd } code { background: #f2f2f2; padding: 0 .2em } h2 { margin-top: 2em }"""
@@ -699,12 +655,11 @@ def as_png(page):
     return buffer.getvalue()
 
 
-def as_html(picture, pages, pngs):
+def as_html(title, pages, pngs):
     """Return all pages as one HTML file that needs no other."""
-    parts = [
-        f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>Faster R-CNN on {html.escape(picture)}</title>"
-    ]
-    parts.append(f"<style>{STYLE}</style>\n<h1>Faster R-CNN on {html.escape(picture)}</h1>")
+    title = html.escape(title)
+    parts = [f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>{title}</title>"]
+    parts.append(f"<style>{STYLE}</style>\n<h1>{title}</h1>")
     for page, png in zip(pages, pngs):
         source = "data:image/png;base64," + base64.b64encode(png).decode()
         caption, text = html.escape(page.caption), html.escape(page.text)
@@ -714,10 +669,10 @@ def as_html(picture, pages, pngs):
 
 
 def explain(detector, path, out):
-    """Write the nine pictures and index.html for the picture in a file; return the pages."""
+    """Write the pages and index.html for the picture in a file; return the pages."""
     pipeline = Pipeline(detector, read_picture(path))
     with mpl.rc_context({"font.family": "DejaVu Sans", "hatch.linewidth": 0.8}):
-        pages = [draw_page(pipeline) for draw_page in DRAWERS]
+        pages = pages_of(pipeline)
         pngs = [as_png(page) for page in pages]
     paths = [out / f"{page.name}.png" for page in pages]
     if os.path.realpath(path) in map(os.path.realpath, paths):
@@ -725,7 +680,9 @@ def explain(detector, path, out):
     out.mkdir(parents=True, exist_ok=True)
     for file, png in zip(paths, pngs):
         write_file(file, png)
-    write_file(out / "index.html", as_html(printable(Path(path).name), pages, pngs).encode())
+    family = detector.settings.type.replace("_", " ").title().replace("Rcnn", "R-CNN")
+    title = f"{family} on {printable(Path(path).name)}"
+    write_file(out / "index.html", as_html(title, pages, pngs).encode())
     return pages
 
 
@@ -742,9 +699,10 @@ def main(arguments=None):
     try:
         if mpl is None:
             raise ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
-        for page in explain(load(args.model), args.picture, args.out):
+        pages = explain(load(args.model), args.picture, args.out)
+        for page in pages:
             print(page.caption)
-        written = [args.out / "1_input.png", args.out / "9_result.png", args.out / "index.html"]
+        written = [*(args.out / f"{page.name}.png" for page in (pages[0], pages[-1])), args.out / "index.html"]
         print("written: {} to {}, {}".format(*map(printable, written)))
     except (ModelError, OSError) as error:
         print(f"explain.py: {one_line(error)}", file=sys.stderr)

@@ -24,7 +24,9 @@ class MaskRCNN(FasterRCNN):
         """Return the Detections among the proposals [r, 4], with their masks."""
         found = super().find_objects(features, proposals, picture, record)
         scores = self.mask_scores(found, features, picture, record)
-        return found._replace(masks=paste_all(scores, found.boxes, picture, self.settings.masks))
+        masks = paste_all(scores, found.boxes, picture, self.settings.masks)
+        record("paste", boxes=found.boxes, scores=scores, masks=masks)
+        return found._replace(masks=masks)
 
     def mask_scores(self, found, features, picture, record):
         """Return the scores [d, s, s], 0 to 1, of the cells of each of the Detections' boxes."""

@@ -231,6 +231,47 @@ def head_contestants():
     }
 
 
+def pasting_contestants():
+    """Return the contestants of pasting: logits of 100 boxes to masks of a picture of 800 x 1216.
+
+    Ours are run-length encoded, MMDetection's are arrays.
+    """
+    import cv2
+    import torch
+    from mmcv import ConfigDict
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+
+    from detectors.mask_rcnn import paste_all
+    from detectors.settings import Masks
+    from postprocess import sigmoid
+
+    rng = np.random.default_rng(0)
+    boxes = proposals_like(rng, 100)[0]
+    labels = rng.integers(0, 80, 100)
+    logits = rng.normal(0, 2, (100, 80, 28, 28)).astype(np.float32)
+    for cells, label in zip(logits, labels):
+        cells[label] = 4 * cv2.GaussianBlur(cells[label], (7, 7), 2)  # masks in few parts, as trained heads give them
+    picture = Picture(None, None, np.ones(4, np.float32), IMAGE_SIZE)
+    rois = RoIs(strides=STRIDES[:4], finest_scale=56, output_size=14, sampling_ratio=0, aligned=True)
+    settings = Masks(rois=rois, threshold=0.5)
+    head = FCNMaskHead(num_convs=0, in_channels=1, conv_out_channels=1)
+    inputs = torch.from_numpy(logits), torch.from_numpy(boxes), torch.from_numpy(labels)
+    cfg, size, factor = ConfigDict(mask_thr_binary=0.5), (*IMAGE_SIZE, 3), np.ones(4)
+    return {
+        "ours": lambda: paste_all(sigmoid(logits[np.arange(100), labels]), boxes, picture, settings),
+        "mmdet FCNMaskHead.get_seg_masks": lambda: head.get_seg_masks(*inputs, cfg, size, factor, True),
+    }
+
+
+def check_masks(contestants):
+    """Stop if the two contestants of pasting do not make masks of as many pixels."""
+    from detectors import rle
+
+    ours, per_class = (run() for run in contestants.values())
+    expected = sorted(int(mask.sum()) for masks in per_class for mask in masks)
+    assert sorted(int(rle.decode(mask).sum()) for mask in ours) == expected
+
+
 def check_agreement(contestants, tolerance):
     """Stop if the contestants do not compute the same."""
     expected = contestants["ours"]()
@@ -256,12 +297,17 @@ def ours_whole(folder, pair="pair"):
     return load(folder / pair)
 
 
-def mmdetection_whole(folder):
+def mmdetection_whole(folder, config=None, checkpoint="seeded.pth"):
     """Return MMDetection's detector as a function of an image that returns the scores."""
     from sources.mmdetection import DEFAULT_CONFIG, find_config, inference_detector, load_detector
 
-    detector = load_detector(find_config(DEFAULT_CONFIG), folder / "seeded.pth")
-    return lambda image: np.concatenate(inference_detector(detector, image))[:, 4]
+    detector = load_detector(find_config(config or DEFAULT_CONFIG), folder / checkpoint)
+
+    def run(image):
+        found = inference_detector(detector, image)
+        return np.concatenate(found[0] if isinstance(found, tuple) else found)[:, 4]  # with masks, or without
+
+    return run
 
 
 def torchvision_onnx_whole(folder):
@@ -294,6 +340,7 @@ def torchvision_whole(folder, builder):
     return run
 
 
+MASK_CONFIG = "mask_rcnn_r50_fpn_1x_coco"
 BUILDERS = ("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn")
 WHOLE = {
     "ours": ours_whole,
@@ -317,6 +364,11 @@ def prepare_whole(folder):
     checkpoint = seeded_mmdetection.write_checkpoint(cfg, folder / "seeded.pth", photograph())
     (folder / "pair").mkdir()
     export.write_networks(mmdetection.load(config, checkpoint), folder / "pair", opset=13)
+    config = mmdetection.find_config(MASK_CONFIG)
+    cfg = mmcv.Config.fromfile(str(config))
+    checkpoint = seeded_mmdetection.write_checkpoint(cfg, folder / "seeded_masks.pth", photograph())
+    (folder / "masks").mkdir()
+    export.write_networks(mmdetection.load(config, checkpoint), folder / "masks", opset=13)
     model = seeded_torchvision.seeded_model(BUILDERS[0], photograph())
     torch.onnx.export(
         model, ([torch.rand(3, *IMAGE_SIZE)],), str(folder / "torchvision.onnx"), opset_version=17, dynamo=False,
@@ -364,6 +416,9 @@ def race_operators(results):
     contestants = head_contestants()
     check_agreement(contestants, 1e-3)
     report("Head's end: 1000 RoIs, 80 classes to 100 detections", race(contestants), results)
+    contestants = pasting_contestants()
+    check_masks(contestants)
+    report("Masks' end: 100 masks pasted into 800 x 1216", race(contestants), results)
 
 
 def race_processes(title, loaders, folder, results):
@@ -387,10 +442,11 @@ def print_stages(detector, image, results, title):
     for _ in range(ROUNDS):
         watch.start()
         detector(image, watch.record)
-    outside = sum(ms for stage, ms in watch.milliseconds.items() if not stage.startswith("model"))
+    networks = {Path(name).stem for name in detector.networks}
+    outside = sum(ms for stage, ms in watch.milliseconds.items() if stage not in networks)
     part = outside / sum(watch.milliseconds.values())
-    print(f"\n{title}: {watch.summary(ROUNDS)}; outside the two networks {part:.1%}")
-    results[f"{title}: outside the two networks"] = part
+    print(f"\n{title}: {watch.summary(ROUNDS)}; outside the networks {part:.1%}")
+    results[f"{title}: outside the networks"] = part
 
 
 def race_torchvision(folder, results):
@@ -403,6 +459,18 @@ def race_torchvision(folder, results):
         np.testing.assert_allclose(*map(np.sort, scores), atol=1e-4)
         race_processes(f"torchvision's {builder}", {"ours": ours, "torchvision in PyTorch": theirs}, folder, results)
         print_stages(ours(folder), image, results, f"Our stages of {builder}")
+
+
+def race_masks(folder, results):
+    """Race our export of Mask R-CNN against MMDetection's model."""
+    image = np.load(folder / "image.npy")
+    ours = functools.partial(ours_whole, pair="masks")
+    theirs = functools.partial(mmdetection_whole, config=MASK_CONFIG, checkpoint="seeded_masks.pth")
+    scores = ours(folder)(image).scores, theirs(folder)(image)
+    np.testing.assert_allclose(*map(np.sort, scores), atol=1e-4)
+    loaders = {"ours": ours, "MMDetection inference_detector": theirs}
+    race_processes("Mask R-CNN R50-FPN, 800 x 1216", loaders, folder, results)
+    print_stages(ours(folder), image, results, "Our stages of Mask R-CNN")
 
 
 def race_whole(folder, results):
@@ -489,6 +557,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         prepare_whole(Path(folder))
         detector = race_whole(Path(folder), results)
+        race_masks(Path(folder), results)
         race_torchvision(Path(folder), results)
         growth(detector, results)
     if args.json:

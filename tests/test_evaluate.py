@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SHAPES, call_program, default_sigint
 
 import evaluate
-from detectors import ModelError
+from detectors import ModelError, rle
 from detectors.faster_rcnn import FasterRCNN
 from detectors.settings import Preprocess
 
@@ -151,6 +151,63 @@ def test_a_class_without_objects_has_no_precision(pictures, whole, tmp_path):
     evaluation = evaluate.evaluate(coco, json.loads(whole[1]), "bbox", IDS)
     averages = evaluate.class_precision(evaluation)
     assert [category for category, (average, _) in averages.items() if np.isnan(average)] == [IDS[2]]
+
+
+def with_masks(settings):
+    """Return whether evaluate.py takes settings for those of a detector with masks."""
+    return type("Settings", (), {"masks": settings})
+
+
+def test_masks_are_evaluated_where_there_are_masks(pictures, capsys):
+    coco = evaluate.read_annotations(pictures / "val.json")
+    assert evaluate.kinds_of(coco, with_masks(True)) == ["bbox", "segm"]
+    assert evaluate.kinds_of(coco, object()) == ["bbox"]
+    assert capsys.readouterr().out == ""
+    broken = next(iter(coco.anns.values()))
+    broken["segmentation"] = {"size": [3, 3], "counts": {}}
+    with pytest.raises(evaluate.EvaluationError, match=f"image {broken['image_id']} has no mask"):
+        evaluate.kinds_of(coco, with_masks(True))
+    for annotation in coco.anns.values():
+        annotation["segmentation"] = []
+    assert evaluate.kinds_of(coco, with_masks(True)) == ["bbox"]
+    assert "no masks: only boxes" in capsys.readouterr().out
+
+
+def test_perfect_masks_have_a_precision_of_one(pictures):
+    """Those of the annotations themselves; with boxes that are all wrong, which masks do not care about."""
+    coco = evaluate.read_annotations(pictures / "val.json")
+    results = [
+        {**{key: entry[key] for key in ("image_id", "category_id", "segmentation")}, "bbox": [0, 0, 5, 5], "score": 0.9}
+        for entry in coco.anns.values()
+    ]
+    for kind, precision in (("segm", 1.0), ("bbox", 0.0)):
+        evaluation = evaluate.evaluate(coco, results, kind, IDS)
+        evaluation.summarize()
+        assert evaluation.stats[0] == pytest.approx(precision)
+
+
+def test_a_mask_is_as_large_as_its_pixels_and_not_as_its_box(tmp_path):
+    """A small wrong mask in a large box counts among the small ones."""
+    object_mask, wrong_mask = np.zeros((2, 200, 200), bool)
+    object_mask[10:30, 10:30] = wrong_mask[100:102, :] = True
+    content = {
+        "images": [{"id": 1, "file_name": "x", "height": 200, "width": 200}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{
+            "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0,
+            "segmentation": rle.encode(object_mask, (200, 200)),
+        }],
+    }  # fmt: skip
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    coco = evaluate.read_annotations(tmp_path / "val.json")
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 200, 200], "score": score,
+         "segmentation": rle.encode(mask, (200, 200))}
+        for mask, score in ((wrong_mask, 0.9), (object_mask, 0.8))
+    ]  # fmt: skip
+    evaluation = evaluate.evaluate(coco, results, "segm", [1])
+    evaluation.summarize()
+    assert evaluation.stats[3] == pytest.approx(0.5)  # AP of small objects
 
 
 def test_the_results_are_coco_s(few, whole):

@@ -1,19 +1,26 @@
-"""explain.py: nine pictures whose numbers are the detector's, whatever there is to see."""
+"""explain.py: pictures whose numbers are the detector's, whatever the detector and whatever there is to see."""
 
 import importlib
+import itertools
 import re
 import subprocess
 import sys
 
 import cv2
+import msgspec
 import numpy as np
+import pycocotools.mask
 import pytest
 from conftest import MMDETECTION, ROOT, SHAPES
 from PIL import Image
 
 import explain
+import explain_relatives
 from detectors import load
-from detectors.settings import changed
+from detectors.cascade_rcnn import CascadeRCNN
+from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
+from detectors.settings import Masks, Refinement, changed
+from postprocess import ignore
 
 NAMES = [
     "1_input",
@@ -71,27 +78,28 @@ def stages():
 @pytest.fixture(scope="module")
 def pages():
     """Return the pages of the bundled picture."""
-    pipeline = pipeline_where({})
-    return [draw_page(pipeline) for draw_page in explain.DRAWERS]
+    return explain.pages_of(pipeline_where({}))
 
 
-def assert_pictures(folder, captions):
-    """Check that the nine pictures are there, none is blank, each has its caption, and the page holds all."""
+def assert_pictures(folder, captions, names=NAMES):
+    """Check that all pictures are there, none is blank, each has its caption, and the page holds all."""
     page = (folder / "index.html").read_text()
-    assert sorted(path.name for path in folder.iterdir()) == sorted([f"{name}.png" for name in NAMES] + ["index.html"])
-    for name, caption in zip(NAMES, captions):
+    assert sorted(path.name for path in folder.iterdir()) == sorted([f"{name}.png" for name in names] + ["index.html"])
+    assert len(captions) == len(names)
+    for name, caption in zip(names, captions):
         image = Image.open(folder / f"{name}.png")
         assert image.info["Description"] == caption
         assert image.width == 1000
         assert np.asarray(image.convert("RGB")).std() > 5
         assert f"<h2>{caption}</h2>" in page
-    assert page.count('src="data:image/png;base64,') == 9
+    assert page.count('src="data:image/png;base64,') == len(names)
     assert not re.findall(r"https?://|<script|<link", page)
 
 
 def numbers(caption):
-    """Return the numbers in a caption after the picture's own."""
-    return [float(text.replace(",", "")) for text in re.findall(r"\d+(?:,\d{3})+|\d+(?:\.\d+)?", caption)[1:]]
+    """Return the numbers in a caption after the picture's own, if it has one."""
+    caption = re.sub(r"^\d+  ", "", caption)
+    return [float(text.replace(",", "")) for text in re.findall(r"\d+(?:,\d{3})+|\d+(?:\.\d+)?", caption)]
 
 
 def test_the_bundled_picture(explained):
@@ -129,11 +137,16 @@ def test_numbers_in_texts_are_short(pages):
     assert not [page.name for page in pages if re.search(r"\d\.0\b|np\.|\(\d[^)]*,\)", page.text)]
 
 
-def test_what_is_said_to_compute_a_picture_exists(pages):
+def assert_functions_exist(pages, networks):
+    """Check that what is said to compute the pages are functions and networks of the detector."""
     for page in pages:
         for name in page.functions.split(", "):
             module, function = name.rsplit(".", 1)
-            assert function == "onnx" or callable(getattr(importlib.import_module(module), function))
+            assert name in networks or callable(getattr(importlib.import_module(module), function))
+
+
+def test_what_is_said_to_compute_a_picture_exists(pages):
+    assert_functions_exist(pages, ["model1.onnx", "model2.onnx"])
 
 
 @pytest.mark.parametrize("cap", [50, 1500])
@@ -395,3 +408,329 @@ def test_matplotlib_missing_is_said(monkeypatch, capsys):
     monkeypatch.setattr(explain, "mpl", None)
     assert explain.main([str(PICTURE), "--model", str(SHAPES)]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- a cascade, and masks
+
+
+class Head:
+    """The bundled head as one of a cascade, whose logits are its own times a factor."""
+
+    def __init__(self, network, stage, factor):
+        self.network, self.stage, self.factor = network, stage, np.float32(factor)
+
+    def __call__(self, roi_feats, record=ignore):
+        """Return what the network of a head returns."""
+        cls, reg = self.network(roi_feats)
+        cls = cls * self.factor
+        record(self.stage, roi_feats=roi_feats, cls=cls, reg=reg)
+        return cls, reg
+
+
+class MaskHead:
+    """A mask head whose 28 x 28 cells are weighted sums of the features."""
+
+    def __init__(self, stage, classes):
+        weights = np.random.default_rng(sum(stage.encode())).normal(0, 0.3, (classes, 64))
+        self.stage, self.weights = stage, weights.astype(np.float32)
+
+    def __call__(self, roi_feats, record=ignore):
+        """Return what the network of a mask head returns."""
+        mask = np.einsum("kc,bcij->bkij", self.weights, roi_feats).repeat(2, axis=2).repeat(2, axis=3)
+        record(self.stage, roi_feats=roi_feats, mask=mask)
+        return [mask]
+
+
+def relative(family, changes):
+    """Return a detector of another family made of the bundled one; a cascade has three heads."""
+    shapes = load(SHAPES)
+    settings = msgspec.structs.asdict(shapes.settings)
+    settings.pop("type")
+    networks, head, stages = dict(shapes.networks), settings["head"], [""]
+    if issubclass(family, CascadeRCNN):
+        settings["refinements"] = (Refinement(means=head.means, stds=head.stds, class_agnostic=False),) * 2
+        network, stages = networks.pop("model2.onnx"), ["_0", "_1", "_2"]
+        heads = [Head(network, f"model2{stage}", factor) for stage, factor in zip(stages, (0.3, 0.6, 0.2))]
+        networks.update({f"{head.stage}.onnx": head for head in heads})
+    if issubclass(family, MaskRCNN):
+        rois = msgspec.structs.replace(settings["rois"], output_size=14)
+        settings["masks"] = Masks(rois=rois, threshold=0.5)
+        classes = 1 if changes.get("masks.class_agnostic") else len(shapes.classes)
+        networks.update({f"mask{stage}.onnx": MaskHead(f"mask{stage}", classes) for stage in stages})
+    settings = family.Settings(**settings)
+    for name, value in changes.items():
+        settings = changed(settings, name, value)
+    return family(settings, networks)
+
+
+def explained_relative(family, changes):
+    """Return that detector's Pipeline with the bundled picture, what it records, {stage: arrays}, and its result."""
+    detector, image, recorded = relative(family, changes), cv2.imread(str(PICTURE)), {}
+    result = detector(image, lambda stage, **arrays: recorded.update({stage: arrays}))
+    return explain.Pipeline(detector, image), recorded, result
+
+
+@pytest.fixture(scope="module")
+def cascade():
+    """Return what explained_relative returns for a Cascade R-CNN."""
+    return explained_relative(CascadeRCNN, {})
+
+
+PAGES = {
+    CascadeRCNN: [*NAMES[:6], "7_cascade", "8_head", "9_nms", "10_result"],
+    MaskRCNN: [*NAMES[:8], "9_masks", "10_result"],
+    CascadeMaskRCNN: [*NAMES[:6], "7_cascade", "8_head", "9_nms", "10_masks", "11_result"],
+}
+
+
+@pytest.mark.parametrize("family", PAGES)
+def test_which_pages_a_relative_has(family):
+    pipeline, _, _ = explained_relative(family, {})
+    pages = explain.pages_of(pipeline)
+    assert [page.name for page in pages] == PAGES[family]
+    assert [int(page.caption.split("  ")[0]) for page in pages] == list(range(1, len(pages) + 1))
+    assert_functions_exist(pages, pipeline.detector.networks)
+
+
+def test_the_files_of_a_relative(tmp_path):
+    pages = explain.explain(relative(CascadeMaskRCNN, {}), PICTURE, tmp_path)
+    assert_pictures(tmp_path, [page.caption for page in pages], PAGES[CascadeMaskRCNN])
+    assert "<h1>Cascade Mask R-CNN on shapes.png</h1>" in (tmp_path / "index.html").read_text()
+
+
+def confident(recorded, result):
+    """Return the candidates that became detections with a score of at least 0.3."""
+    return recorded["detect"]["kept"][: len(result.boxes)][result.scores >= 0.3]
+
+
+def scores_of(logits):
+    """Return the softmax of logits, in float64."""
+    exponentials = np.exp(logits.astype(float))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def boxes_in(collection):
+    """Return the boxes [n, 4] that explain.py drew."""
+    return np.array([path.vertices[[0, 2]].ravel() for path in collection.get_paths()])
+
+
+def bars_in(axis):
+    """Return the names of the bars from top to bottom, their lengths, and their colours."""
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    bars = axis.patches[::-1]
+    return names[::-1], [bar.get_width() for bar in bars], [bar.get_facecolor() for bar in bars]
+
+
+def test_boxes_on_their_way_through_a_cascade(cascade):
+    pipeline, recorded, result = cascade
+    stage = recorded["detect"]
+    ways = {
+        i: [recorded["propose"]["proposals"][stage["rois"][i]]]
+        + [recorded[f"refine_{k}"]["rois"][stage["rois"][i]] for k in (0, 1)]
+        + [stage["resized"][i]]
+        for i in confident(recorded, result)
+    }
+    moved_most = sorted(ways, key=lambda i: iou_of(ways[i][0], ways[i][-1]))[:4]
+    logits = [recorded[f"model2_{k}"]["cls"] for k in range(3)]
+    page = explain_relatives.draw_cascade(pipeline)
+    assert numbers(page.caption) == [3, 1000]
+    for i, *axes in zip(moved_most, *np.reshape(page.figure.axes, (3, 4))):
+        which, label, way = stage["rois"][i], stage["labels"][i], ways[i]
+        assert axes[0].get_title() == f"proposal {which + 1}"
+        proposal, moved = axes[0].collections
+        np.testing.assert_array_equal(np.concatenate([boxes_in(proposal), boxes_in(moved)]), way)
+        names, lengths, colours = bars_in(axes[1])
+        assert names == (["proposal", "head 0", "head 1", "head 2"] if i == moved_most[0] else [])
+        np.testing.assert_allclose(lengths, [iou_of(box, way[-1]) for box in way], atol=1e-5)
+        np.testing.assert_array_equal(colours, np.concatenate([proposal.get_edgecolor(), moved.get_edgecolor()]))
+        assert len(np.unique(colours, axis=0)) == 4
+        assert axes[2].get_title() == f"score of {pipeline.classes[label]}"
+        names, lengths, score_colours = bars_in(axes[2])
+        assert names == (["head 0", "head 1", "head 2", "mean"] if i == moved_most[0] else [])
+        assert score_colours[:3] == colours[1:]
+        expected = [scores_of(cls[which])[label] for cls in [*logits, np.mean(logits, axis=0)]]
+        np.testing.assert_allclose(lengths, expected, atol=1e-5)
+        assert expected[-1] == pytest.approx(stage["scores"][i], abs=1e-5)
+        assert np.ptp(expected) > 0.01
+
+
+def test_how_far_a_cascade_moves_boxes_is_told(cascade):
+    pipeline, recorded, result = cascade
+    stage, kept = recorded["detect"], recorded["detect"]["kept"][: len(result.boxes)]
+    starts = [recorded["propose"]["proposals"], recorded["refine_0"]["rois"], recorded["refine_1"]["rois"]]
+    means = [np.mean([iou_of(rois[stage["rois"][i]], stage["resized"][i]) for i in kept]) for rois in starts]
+    text = explain_relatives.draw_cascade(pipeline).text
+    assert f"Over all {len(kept)} detections" in text
+    assert f"{means[0]:.2f} for the proposals, {means[1]:.2f} after head 0 and {means[2]:.2f} after head 1." in text
+
+
+def test_the_last_head_of_a_cascade_moves_the_boxes_that_the_others_left(cascade):
+    pipeline, recorded, result = cascade
+    stage, rois = recorded["detect"], recorded["refine_1"]["rois"]
+    scores = scores_of(np.mean([recorded[f"model2_{k}"]["cls"] for k in range(3)], axis=0))
+    ways = {i: (rois[stage["rois"][i]], stage["resized"][i]) for i in confident(recorded, result)}
+    moved_most = sorted(ways, key=lambda i: iou_of(*ways[i]))[:4]
+    page = explain.draw_head(pipeline)
+    assert page.functions.startswith("model2_2.onnx, ")
+    for i, above, below in zip(moved_most, *np.reshape(page.figure.axes, (2, 4))):
+        np.testing.assert_array_equal(np.concatenate([boxes_in(boxes) for boxes in above.collections]), ways[i])
+        _, lengths, _ = bars_in(below)
+        np.testing.assert_allclose(lengths, np.sort(scores[stage["rois"][i]])[:-5:-1], atol=1e-5)
+
+
+def test_the_first_head_of_a_cascade_gets_the_proposals(cascade):
+    pipeline, recorded, _ = cascade
+    first, last = (np.bincount(recorded[stage]["levels"], minlength=4).tolist() for stage in ("align_0", "align_2"))
+    assert numbers(explain.draw_pyramid(pipeline).caption) == first != last
+    which = explain.explained_roi(pipeline)
+    level, proposal = recorded["align_0"]["levels"][which], recorded["propose"]["proposals"][which]
+    stride = [4, 8, 16, 32][level]
+    sampling = explain.sampling_of(pipeline, which)
+    np.testing.assert_allclose(sampling.start, proposal[:2] / stride - 0.5, atol=1e-4)
+    (left, right), (top, bottom) = sampling.cells
+    crop = recorded["model1"][f"feat_{level}"][0, :, top:bottom, left:right]
+    project = explain.principal_component(crop.transpose(1, 2, 0))
+    expected = project(recorded["align_0"]["roi_feats"][which].transpose(1, 2, 0))
+    result = explain.draw_roi_align(pipeline).figure.axes[2].images[0].get_array()
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+
+
+def stretched(cells, box, rows, columns):
+    """Return the values of pixels of a picture, given by their numbers, under cells [s, s] stretched over a box.
+
+    Point by point: a pixel's centre lies between four cells' centres; outside all cells there are zeros.
+    """
+    x1, y1, x2, y2 = box.astype(float)
+    s, padded, values = len(cells), np.pad(cells.astype(float), 1), np.zeros((len(rows), len(columns)))
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        y = np.clip((row + 0.5 - y1) / (y2 - y1) * s + 0.5, 0, s + 1)
+        x = np.clip((column + 0.5 - x1) / (x2 - x1) * s + 0.5, 0, s + 1)
+        top, left = min(int(y), s), min(int(x), s)
+        upper, lower = (padded[k, left] * (left + 1 - x) + padded[k, left + 1] * (x - left) for k in (top, top + 1))
+        values[i, j] = upper * (top + 1 - y) + lower * (y - top)
+    return values
+
+
+def largest_of_each_class(result, count):
+    """Return the largest confident detection of each of so many classes, the largest first."""
+    sizes = (result.boxes[:, 2:] - result.boxes[:, :2]).prod(axis=1) * (result.scores >= 0.3)
+    best = [np.argmax(sizes * (result.labels == label)) for label in set(result.labels[result.scores >= 0.3])]
+    return sorted(best, key=lambda i: -sizes[i])[:count]
+
+
+def cells_and_box(recorded, result, i, changes):
+    """Return the cells and the box of a detection's mask as they are pasted, from the mask heads' logits."""
+    logits = [arrays["mask"][i] for stage, arrays in recorded.items() if re.fullmatch(r"mask(_\d)?", stage)]
+    label, box = 0 if changes.get("masks.class_agnostic") else result.labels[i], result.boxes[i]
+    cells = np.mean([1 / (1 + np.exp(-mask[label].astype(float))) for mask in logits], axis=0)
+    if changes.get("masks.bordered"):  # as torchvision pastes
+        center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * 30 / 28
+        cells, box = np.pad(cells, 1), np.trunc(np.r_[center - half, center + half]) + [0, 0, 1, 1]
+    return cells, box
+
+
+MASKED = [
+    (CascadeMaskRCNN, {}),
+    (MaskRCNN, {}),
+    (MaskRCNN, {"masks.class_agnostic": True}),
+    (MaskRCNN, {"masks.bordered": True, "masks.threshold": 0.6}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), MASKED)
+def test_masks_from_cells_to_pixels(family, changes):
+    pipeline, recorded, result = explained_relative(family, changes)
+    page = explain_relatives.draw_masks(pipeline)
+    assert numbers(page.caption) == [28, 28, len(result.boxes)]
+    assert explain_relatives.largest(pipeline, 5).tolist() == largest_of_each_class(result, 5)
+    threshold = changes.get("masks.threshold", 0.5)
+    for i, axes in zip(largest_of_each_class(result, 3), np.reshape(page.figure.axes[:-1], (3, 4))):
+        assert axes[3].get_title().endswith(f"{pipeline.classes[result.labels[i]]} {result.scores[i]:.2f}")
+        weights_y, cells, weights_x, crop, pasted = (np.asarray(image.get_array()) for a in axes for image in a.images)
+        expected, box = cells_and_box(recorded, result, i, changes)
+        np.testing.assert_allclose(cells, expected, atol=1e-5)
+        np.testing.assert_allclose(weights_y @ cells @ weights_x, pasted, atol=1e-5)
+
+        mask = pycocotools.mask.decode(result.masks[i]).astype(bool)
+        inside = pasted >= np.float32(threshold)
+        top, left = np.argwhere(mask).min(axis=0) - np.argwhere(inside).min(axis=0)  # of the part that is drawn
+        rows, columns = top + np.arange(len(pasted)), left + np.arange(pasted.shape[1])
+        np.testing.assert_allclose(pasted, stretched(expected, box, rows, columns), atol=1e-4)
+        np.testing.assert_array_equal(crop, pipeline.image[np.ix_(rows, columns)][..., ::-1])
+        np.testing.assert_array_equal(inside, mask[np.ix_(rows, columns)])
+        assert inside.sum() == mask.sum() > 0
+        outline = np.concatenate([path.vertices for path in axes[3].collections[0].get_paths()])
+        np.testing.assert_allclose(outline.min(axis=0), np.argwhere(inside).min(axis=0)[::-1] - 0.5)
+        np.testing.assert_allclose(outline.max(axis=0), np.argwhere(inside).max(axis=0)[::-1] + 0.5)
+
+
+@pytest.mark.parametrize(("family", "changes"), MASKED)
+def test_what_the_text_says_of_masks(family, changes):
+    text = explain_relatives.draw_masks(explained_relative(family, changes)[0]).text
+    assert "pooled into 14 x 14 bins, and answers with a logit for each of 28 x 28 cells" in text
+    assert f"score is {changes.get('masks.threshold', 0.5):g} or more" in text
+    assert ("There are 3 mask heads" in text) == (family is CascadeMaskRCNN)
+    assert ("border of zeros" in text) == ("masks.bordered" in changes)
+    assert ("for each class" in text) == ("masks.class_agnostic" not in changes)
+
+
+def test_cells_that_were_refined_are_told():
+    pipeline, _, result = explained_relative(MaskRCNN, {})
+    assert "predict the uncertain ones anew" not in explain_relatives.draw_masks(pipeline).text
+    pipeline.record("subdivide_0", logits=np.zeros((len(result.boxes), 56, 56)))
+    pipeline.record("paste", **{**pipeline.paste, "scores": pipeline.paste["scores"].repeat(2, 1).repeat(2, 2)})
+    page = explain_relatives.draw_masks(pipeline)
+    assert numbers(page.caption) == [56, 56, len(result.boxes)]
+    assert "a logit for each of 28 x 28 cells" in page.text
+    assert "predict the uncertain ones anew make 56 x 56 of them" in page.text
+
+
+def test_masks_are_drawn_as_large_as_the_result():
+    pipeline, _, result = explained_relative(MaskRCNN, {})
+    drawn = explain.draw_result(pipeline).figure.axes[0].images[0].get_array()
+    pipeline.detections = result._replace(masks=None)
+    without = explain.draw_result(pipeline).figure.axes[0].images[0].get_array()
+    masks = [pycocotools.mask.decode(mask) for mask in result.masks[result.scores >= 0.3]]
+    y, x = ((np.arange(side) + 0.5) * 489 / 1000 for side in drawn.shape[:2])
+    masked = np.any(masks, axis=0)[np.ix_(y.astype(int), x.astype(int))]
+    different = (drawn != without).any(axis=2)
+    assert different[masked].mean() > 0.8  # labels cover some
+    assert not different[cv2.dilate(masked.astype(np.uint8), np.ones((7, 7))) == 0].any()  # but for the outlines
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"proposals.min_bbox_size": 10_000.0}, {6: "no class", 7: "no class", 9: "no detection", 10: "0 detections"}),
+    ({"head.score_threshold": 1.0}, {6: "no class", 7: "no class", 9: "no detection", 10: "0 detections"}),
+    ({"head.max_per_img": 1}, {8: "1 returned", 9: "28 scores for each of 1 boxes", 10: "1 detections"}),
+])  # fmt: skip
+def test_where_a_relative_has_little_to_show(changes, words):
+    pages = explain.pages_of(explained_relative(CascadeMaskRCNN, changes)[0])
+    assert [page.name for page in pages] == PAGES[CascadeMaskRCNN]
+    for page, word in words.items():
+        assert word in pages[page].caption
+        assert len(explain.as_png(pages[page])) > 1000
+
+
+@pytest.mark.slow
+def test_a_cascade_with_masks_from_mmdetection(tmp_path, mmdetection, photographs):
+    import mmcv
+    import seeded_mmdetection
+    from test_zoo import THIN, write_config
+
+    import export
+
+    head = THIN["model.roi_head.bbox_head"]
+    changes = {key: value for key, value in THIN.items() if key != "model.roi_head.bbox_head"}
+    changes.update({f"model.roi_head.bbox_head.{i}.{key}": head[key] for i in range(3) for key in head})
+    changes["model.roi_head.mask_roi_extractor.out_channels"] = 64
+    changes["model.roi_head.mask_head"] = {"num_convs": 1, "in_channels": 64, "conv_out_channels": 32}
+    config, checkpoint = tmp_path / "config.py", tmp_path / "seeded.pth"
+    write_config("cascade_mask_rcnn_r50_fpn_1x_coco", changes, config)
+    seeded_mmdetection.write_checkpoint(mmcv.Config.fromfile(str(config)), checkpoint, photographs["coffee"])
+    export.write_networks(mmdetection.load(config, checkpoint), tmp_path, opset=13)
+    cv2.imwrite(str(tmp_path / "picture.png"), photographs["coffee"])
+    detector = load(tmp_path)
+    pages = explain.explain(detector, tmp_path / "picture.png", tmp_path / "out")
+    assert_pictures(tmp_path / "out", [page.caption for page in pages], PAGES[CascadeMaskRCNN])
+    assert_functions_exist(pages, detector.networks)
+    assert numbers(pages[9].caption)[2] == numbers(pages[10].caption)[0] > 50

@@ -1,5 +1,6 @@
 """pictures.py: files are found, read, numbered, drawn and written; each function by itself."""
 
+import json
 import os
 import stat
 
@@ -10,7 +11,7 @@ from conftest import MMDETECTION, ROOT
 from PIL import Image
 
 import pictures
-from detectors import Detections
+from detectors import Detections, rle
 
 PICTURE = ROOT / "asset" / "shapes.png"
 
@@ -168,6 +169,38 @@ def test_names_that_opencv_cannot_draw_become_numbers():
     assert (drawn != image).any()
     np.testing.assert_array_equal(drawn, pictures.draw(image, found, ["", "class 2"]))
     assert (drawn != pictures.draw(image, found, ["", "???"])).any()
+
+
+def two_with_masks():
+    """Return two Detections with masks in a picture of 60 x 90: a square with a hole, and a part of it."""
+    square, part = np.zeros((2, 60, 90), bool)
+    square[10:50, 20:60], square[25:35, 35:45], part[40:50, 20:30] = True, False, True
+    masks = np.array([rle.encode(mask, mask.shape) for mask in (square, part)], object)
+    boxes = np.float32([[20, 10, 60, 50], [20, 40, 30, 50]])
+    return square, part, Detections(boxes, np.float32([0.9, 0.6]), np.int64([0, 1]), masks)
+
+
+def test_masks_are_tinted_and_outlined():
+    square, part, found = two_with_masks()
+    image = np.full((60, 90, 3), 200, np.uint8)
+    drawn = pictures.draw(image, found.where([0]), ["a", "b"])
+    colour = np.array(pictures.colour_of(0))
+    np.testing.assert_array_equal(drawn[30, 25], 200 // 2 + colour // 2)  # inside the mask
+    np.testing.assert_array_equal(drawn[30, 40], image[30, 40])  # in its hole
+    np.testing.assert_array_equal(drawn[25, 34], colour)  # on the outline of the hole
+    assert (image == 200).all()
+    twice = pictures.draw(image, found, ["a", "b"])
+    np.testing.assert_array_equal(twice[45, 22], (200 // 2 + np.array(pictures.colour_of(1)) // 2) // 2 + colour // 2)
+
+
+def test_results_have_masks_that_pycocotools_reads():
+    coco = pytest.importorskip("pycocotools.mask", reason="needs pycocotools: uv run --extra test pytest")
+    square, part, found = two_with_masks()
+    results = json.loads(json.dumps(pictures.coco_results(found, {"id": 3, "file_name": "x"}, ["a", "b"], [1, 2])))
+    for result, mask in zip(results, (square, part)):
+        np.testing.assert_array_equal(coco.decode(result["segmentation"]), mask)
+    without = pictures.coco_results(found._replace(masks=None), {"id": 3, "file_name": "x"}, ["a", "b"], [1, 2])
+    assert not any("segmentation" in result for result in without)
 
 
 # ------------------------------------------------------------------ write

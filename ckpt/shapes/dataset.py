@@ -91,6 +91,11 @@ def covers_too_much(box, others):
     return (area(shared) > MAX_COVERED * np.minimum(area(box), area(others))).any()
 
 
+def fixed_point(corners):
+    """Return corners as OpenCV draws them: integers with SUBPIXEL_BITS after the point."""
+    return np.round(corners * 2**SUBPIXEL_BITS).astype(np.int32)
+
+
 def draw(rng, picture, corners, thickness):
     """Draw one shape, filled if its lines have no thickness, in a colour that stands out from what is below."""
     height, width = picture.shape[:2]
@@ -99,19 +104,33 @@ def draw(rng, picture, corners, thickness):
     colour = rng.uniform(0, 255, 3)
     while np.abs(colour - below).max() < 90:
         colour = rng.uniform(0, 255, 3)
-    points = np.round(corners * 2**SUBPIXEL_BITS).astype(np.int32)
+    points = fixed_point(corners)
     if thickness:
         cv2.polylines(picture, [points], True, colour.tolist(), thickness, cv2.LINE_AA, SUBPIXEL_BITS)
     else:
         cv2.fillPoly(picture, [points], colour.tolist(), cv2.LINE_AA, SUBPIXEL_BITS)
 
 
-def draw_picture(seed):
-    """Return a picture [h, w, 3] uint8 BGR, boxes [n, 4] as x1, y1, x2, y2 in pixels, and labels [n]."""
+def visible_masks(shapes, height, width):
+    """Return masks [n, height, width] bool of shapes (corners, thickness): what no later shape covers.
+
+    A shape that is drawn as a line has all that the line encloses, and the line itself.
+    """
+    topmost = np.zeros((height, width), np.uint8)  # the number of the shape that is seen at each pixel, 0 for none
+    for number, (corners, thickness) in enumerate(shapes, start=1):
+        points = fixed_point(corners)
+        cv2.fillPoly(topmost, [points], number, cv2.LINE_8, SUBPIXEL_BITS)
+        if thickness:
+            cv2.polylines(topmost, [points], True, number, thickness, cv2.LINE_8, SUBPIXEL_BITS)
+    return topmost == np.arange(1, len(shapes) + 1)[:, None, None]
+
+
+def draw_scene(seed):
+    """Return what draw_picture does, and masks [n, h, w] bool of the parts of the shapes that are seen."""
     rng = np.random.default_rng(seed)
     height, width = int(rng.integers(*HEIGHTS)), int(rng.integers(*WIDTHS))
     picture = np.clip(background(rng, height, width), 0, 255).astype(np.uint8)
-    boxes, labels = [], []
+    boxes, labels, shapes = [], [], []
     for _ in range(rng.integers(4, 14)):
         label = int(rng.integers(len(CLASSES)))
         size = np.exp(rng.uniform(*np.log(SIZES)))
@@ -123,9 +142,24 @@ def draw_picture(seed):
                 draw(rng, picture, corners, thickness)
                 boxes.append(box)
                 labels.append(label)
+                shapes.append((corners, thickness))
                 break
     noise = rng.standard_normal(picture.shape, dtype=np.float32) * rng.uniform(0, 8)
-    return np.clip(picture + noise, 0, 255).astype(np.uint8), np.array(boxes), np.array(labels)
+    picture = np.clip(picture + noise, 0, 255).astype(np.uint8)
+    return picture, np.array(boxes), np.array(labels), visible_masks(shapes, height, width)
+
+
+def draw_picture(seed):
+    """Return a picture [h, w, 3] uint8 BGR, boxes [n, 4] as x1, y1, x2, y2 in pixels, and labels [n]."""
+    return draw_scene(seed)[:3]
+
+
+def run_lengths(mask):
+    """Return a mask [h, w] bool as COCO's compressed run-length encoding."""
+    import pycocotools.mask  # here, because pictures can be drawn without it
+
+    encoded = pycocotools.mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def write_split(folder, name):
@@ -133,10 +167,10 @@ def write_split(folder, name):
     (folder / name).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for seed in SPLITS[name]:
-        picture, boxes, labels = draw_picture(seed)
+        picture, boxes, labels, masks = draw_scene(seed)
         cv2.imwrite(str(folder / name / f"{seed}.png"), picture)
         images.append({"id": seed, "file_name": f"{seed}.png", "height": picture.shape[0], "width": picture.shape[1]})
-        for (x1, y1, x2, y2), label in zip(boxes.round(2).tolist(), labels.tolist()):
+        for (x1, y1, x2, y2), label, mask in zip(boxes.round(2).tolist(), labels.tolist(), masks):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -144,7 +178,8 @@ def write_split(folder, name):
                     "category_id": label + 1,
                     "iscrowd": 0,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
+                    "area": (x2 - x1) * (y2 - y1),  # the box's, not the mask's
+                    "segmentation": run_lengths(mask),
                 }
             )
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
