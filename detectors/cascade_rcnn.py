@@ -4,7 +4,7 @@
 
 Each head was trained on the boxes that the one before it leaves, with a stricter idea of what a hit is. Boxes are moved
 between the stages; the scores of all heads are averaged at the end.
-Cascade R-CNN (arXiv 1712.00726), sections 4.1 and 4.3.
+Cascade R-CNN (arXiv 1712.00726), sections 4.1 and 4.2.
 """
 
 import numpy as np

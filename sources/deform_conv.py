@@ -2,7 +2,7 @@
 
 A convolution reads its input at every point of its kernel. A deformable one moves each of these points by an offset
 (Deformable Convolutional Networks, section 2.1); a modulated one also multiplies what it reads there by a mask
-(Deformable ConvNets v2, section 2.2). mmcv and ONNX lay out both alike: for each group of channels, a channel for
+(Deformable ConvNets v2, section 3.2). mmcv and ONNX lay out both alike: for each group of channels, a channel for
 every point of the mask and two of the offset, y before x.
 """
 
