@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from mmcv.cnn.bricks import ConvAWS2d, ConvWS2d
 from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
@@ -10,6 +11,8 @@ from seeded import normalise, scale_head, scale_layer, scale_rpn, scale_to_unit
 
 from detectors.preprocess import preprocess
 from sources.mmdetection import DATASETS, RoIHead, describe_preprocessing, replace_sync_norms, stages
+
+STANDARDISING = (ConvWS2d, ConvAWS2d)  # convolutions to which the scale of their weights makes no difference
 
 
 def write_checkpoint(cfg, path, image, normalised=True):
@@ -63,7 +66,8 @@ def prepare(detector, blob, image_size, normalised=True):
     parts = list(detector.modules())
     norms = [part for part in parts if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     offsets = [part.conv_offset for part in parts if hasattr(part, "conv_offset")]
-    convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d) and part not in offsets]
+    fixed = (*offsets, *(part for part in parts if isinstance(part, STANDARDISING)))
+    convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d) and part not in fixed]
     normalising = [norm.register_forward_pre_hook(normalise) for norm in norms if normalised]
     scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions if normalised]
     for offset in offsets:  # of deformable convolutions; they start at zero, and far from it rounding counts

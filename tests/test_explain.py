@@ -19,7 +19,8 @@ import explain_relatives
 from detectors import load
 from detectors.cascade_rcnn import CascadeRCNN
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
-from detectors.settings import Masks, Refinement, changed
+from detectors.point_rend import PointRend
+from detectors.settings import Masks, Points, Refinement, changed
 from postprocess import ignore
 
 NAMES = [
@@ -105,6 +106,7 @@ def numbers(caption):
 def test_the_bundled_picture(explained):
     folder, lines = explained
     assert_pictures(folder, lines[:9])
+    assert "<h1>Faster R-CNN on shapes.png</h1>" in (folder / "index.html").read_text()
 
 
 def test_the_numbers_are_the_detectors(explained, stages):
@@ -410,7 +412,7 @@ def test_matplotlib_missing_is_said(monkeypatch, capsys):
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------- a cascade, and masks
+# ---------------------------------------------------------------------- a cascade, masks, and points
 
 
 class Head:
@@ -428,17 +430,30 @@ class Head:
 
 
 class MaskHead:
-    """A mask head whose 28 x 28 cells are weighted sums of the features."""
+    """A mask head whose cells, so many on a side, are weighted sums of the features."""
 
-    def __init__(self, stage, classes):
+    def __init__(self, stage, classes, cells):
         weights = np.random.default_rng(sum(stage.encode())).normal(0, 0.3, (classes, 64))
-        self.stage, self.weights = stage, weights.astype(np.float32)
+        self.stage, self.weights, self.bins = stage, weights.astype(np.float32), np.arange(cells) * 14 // cells
 
     def __call__(self, roi_feats, record=ignore):
         """Return what the network of a mask head returns."""
-        mask = np.einsum("kc,bcij->bkij", self.weights, roi_feats).repeat(2, axis=2).repeat(2, axis=3)
+        mask = np.einsum("kc,bcij->bkij", self.weights, roi_feats)[:, :, self.bins][..., self.bins]
         record(self.stage, roi_feats=roi_feats, mask=mask)
         return [mask]
+
+
+class PointHead:
+    """A point head whose logits are weighted sums of what a point has read."""
+
+    def __init__(self, classes):
+        self.weights = np.random.default_rng(0).normal(0, 0.3, (64 + classes, classes)).astype(np.float32)
+
+    def __call__(self, point_feats, record=ignore):
+        """Return what the network of a point head returns."""
+        logits = point_feats @ self.weights
+        record("point", point_feats=point_feats, logits=logits)
+        return [logits]
 
 
 def relative(family, changes):
@@ -456,7 +471,11 @@ def relative(family, changes):
         rois = msgspec.structs.replace(settings["rois"], output_size=14)
         settings["masks"] = Masks(rois=rois, threshold=0.5)
         classes = 1 if changes.get("masks.class_agnostic") else len(shapes.classes)
-        networks.update({f"mask{stage}.onnx": MaskHead(f"mask{stage}", classes) for stage in stages})
+        cells = 7 if family is PointRend else 28
+        networks.update({f"mask{stage}.onnx": MaskHead(f"mask{stage}", classes, cells) for stage in stages})
+    if family is PointRend:
+        settings["points"] = Points(stride=4, steps=5, num_points=784)
+        networks["point.onnx"] = PointHead(classes)
     settings = family.Settings(**settings)
     for name, value in changes.items():
         settings = changed(settings, name, value)
@@ -480,6 +499,7 @@ PAGES = {
     CascadeRCNN: [*NAMES[:6], "7_cascade", "8_head", "9_nms", "10_result"],
     MaskRCNN: [*NAMES[:8], "9_masks", "10_result"],
     CascadeMaskRCNN: [*NAMES[:6], "7_cascade", "8_head", "9_nms", "10_masks", "11_result"],
+    PointRend: [*NAMES[:8], "9_points", "10_masks", "11_result"],
 }
 
 
@@ -492,10 +512,11 @@ def test_which_pages_a_relative_has(family):
     assert_functions_exist(pages, pipeline.detector.networks)
 
 
-def test_the_files_of_a_relative(tmp_path):
-    pages = explain.explain(relative(CascadeMaskRCNN, {}), PICTURE, tmp_path)
-    assert_pictures(tmp_path, [page.caption for page in pages], PAGES[CascadeMaskRCNN])
-    assert "<h1>Cascade Mask R-CNN on shapes.png</h1>" in (tmp_path / "index.html").read_text()
+@pytest.mark.parametrize(("family", "name"), [(CascadeMaskRCNN, "Cascade Mask R-CNN"), (PointRend, "PointRend")])
+def test_the_files_of_a_relative(tmp_path, family, name):
+    pages = explain.explain(relative(family, {}), PICTURE, tmp_path)
+    assert_pictures(tmp_path, [page.caption for page in pages], PAGES[family])
+    assert f"<h1>{name} on shapes.png</h1>" in (tmp_path / "index.html").read_text()
 
 
 def confident(recorded, result):
@@ -675,14 +696,68 @@ def test_what_the_text_says_of_masks(family, changes):
 
 
 def test_cells_that_were_refined_are_told():
-    pipeline, _, result = explained_relative(MaskRCNN, {})
-    assert "predict the uncertain ones anew" not in explain_relatives.draw_masks(pipeline).text
-    pipeline.record("subdivide_0", logits=np.zeros((len(result.boxes), 56, 56)))
-    pipeline.record("paste", **{**pipeline.paste, "scores": pipeline.paste["scores"].repeat(2, 1).repeat(2, 2)})
+    assert "anew" not in explain_relatives.draw_masks(explained_relative(MaskRCNN, {})[0]).text
+    pipeline, _, result = explained_relative(PointRend, {"points.steps": 3})
     page = explain_relatives.draw_masks(pipeline)
     assert numbers(page.caption) == [56, 56, len(result.boxes)]
-    assert "a logit for each of 28 x 28 cells" in page.text
+    assert "read at the centres of 14 x 14 bins, and answers with a logit for each of 7 x 7 cells" in page.text
     assert "predict the uncertain ones anew make 56 x 56 of them" in page.text
+
+
+REFINED = [  # changes, and for each step that predicts, the cells on a side and the points
+    ({}, {28: 784, 56: 784, 112: 784, 224: 784}),
+    ({"points.steps": 3, "points.num_points": 100}, {14: 100, 28: 100, 56: 100}),
+    ({"points.steps": 4, "points.num_points": 3200}, {56: 3136, 112: 3200}),
+]
+
+
+@pytest.mark.parametrize(("changes", "points"), REFINED)
+def test_points_that_are_predicted_anew(changes, points):
+    pipeline, recorded, result = explained_relative(PointRend, changes)
+    steps = [arrays for stage, arrays in recorded.items() if stage.startswith("subdivide")]
+    page = explain_relatives.draw_points(pipeline)
+    assert numbers(page.caption) == [7, 7, max(points), max(points), sum(points.values())]
+    axes = np.reshape(page.figure.axes[:-1], (3, len(points) + 2))
+    assert [axis.get_title() for axis in axes[0, 1:-1]] == [f"{s} x {s}\n{points[s]:,} points" for s in points]
+    for i, (coarse, *refined, pasted) in zip(largest_of_each_class(result, 3), axes):
+        assert pasted.get_title().endswith(f"{pipeline.classes[result.labels[i]]} {result.scores[i]:.2f}")
+        before = recorded["mask"]["mask"][i, result.labels[i]]
+        np.testing.assert_allclose(coarse.images[0].get_array(), 1 / (1 + np.exp(-before)), atol=1e-6)
+        for axis, (s, count), step in zip(refined, points.items(), steps):
+            scores, dots = axis.images[0].get_array(), axis.lines[0].get_xydata()
+            np.testing.assert_allclose(scores, 1 / (1 + np.exp(-step["logits"][i])), atol=1e-6)
+            np.testing.assert_array_equal(dots, step["points"][i])
+            assert axis.images[0].get_extent() == (0, 1, 1, 0)
+            # Where there are no dots, a cell is interpolated; those with dots were the nearest to a score of one half.
+            while len(before) < s:
+                before = cv2.resize(before, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR)
+            x, y = (dots * s - 0.5).T.round().astype(int)
+            dotted = np.zeros((s, s), bool)
+            dotted[y, x] = True
+            assert dotted.sum() == count
+            np.testing.assert_allclose(scores[~dotted], 1 / (1 + np.exp(-before[~dotted])), atol=1e-5)
+            assert np.abs(before[dotted]).max() <= np.abs(before[~dotted]).min(initial=np.inf) + 1e-4
+            before = step["logits"][i]
+        x1, y1, x2, y2 = result.boxes[i]
+        assert [axis.get_aspect() for axis in (coarse, *refined)] == [(y2 - y1) / (x2 - x1)] * (len(points) + 1)
+        crop, tint = (np.asarray(image.get_array()) for image in pasted.images)
+        top, left = (int(max(np.floor(start) - 1, 0)) for start in (y1, x1))
+        rows, columns = top + np.arange(len(tint)), left + np.arange(tint.shape[1])
+        np.testing.assert_array_equal(crop, pipeline.image[np.ix_(rows, columns)][..., ::-1])
+        expected = stretched(1 / (1 + np.exp(-before)), result.boxes[i], rows, columns)
+        np.testing.assert_allclose(tint, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("changes", "points"), REFINED)
+def test_what_the_text_says_of_points(changes, points):
+    text = explain_relatives.draw_points(explained_relative(PointRend, changes)[0]).text
+    steps = changes.get("points.steps", 5)
+    assert f"the {changes.get('points.num_points', 784):,} cells whose logits are nearest to zero" in text
+    said = re.findall(r"first (?:\d )?steps? only doubles?", text)
+    assert said == {5: ["first step only doubles"], 4: ["first 2 steps only double"], 3: []}[steps]
+    s = max(points)
+    assert f"After {steps} steps there are {s} x {s} = {s * s:,} cells" in text
+    assert f"has answered for {sum(points.values()):,} points" in text
 
 
 def test_masks_are_drawn_as_large_as_the_result():
@@ -698,14 +773,20 @@ def test_masks_are_drawn_as_large_as_the_result():
     assert not different[cv2.dilate(masked.astype(np.uint8), np.ones((7, 7))) == 0].any()  # but for the outlines
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"proposals.min_bbox_size": 10_000.0}, {6: "no class", 7: "no class", 9: "no detection", 10: "0 detections"}),
-    ({"head.score_threshold": 1.0}, {6: "no class", 7: "no class", 9: "no detection", 10: "0 detections"}),
-    ({"head.max_per_img": 1}, {8: "1 returned", 9: "28 scores for each of 1 boxes", 10: "1 detections"}),
+NO_DETECTION = {6: "no class", 7: "no class", 9: "no detection", 10: "0 detections"}  # of a cascade with masks
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), [
+    (CascadeMaskRCNN, {"proposals.min_bbox_size": 10_000.0}, NO_DETECTION),
+    (CascadeMaskRCNN, {"head.score_threshold": 1.0}, NO_DETECTION),
+    (CascadeMaskRCNN, {"head.max_per_img": 1},
+     {8: "1 returned", 9: "28 scores for each of 1 boxes", 10: "1 detections"}),
+    (PointRend, {"head.score_threshold": 1.0}, {8: "no detection", 9: "no detection", 10: "0 detections"}),
+    (PointRend, {"head.max_per_img": 1}, {8: "3,136 points", 9: "224 scores for each of 1 boxes", 10: "1 detections"}),
 ])  # fmt: skip
-def test_where_a_relative_has_little_to_show(changes, words):
-    pages = explain.pages_of(explained_relative(CascadeMaskRCNN, changes)[0])
-    assert [page.name for page in pages] == PAGES[CascadeMaskRCNN]
+def test_where_a_relative_has_little_to_show(family, changes, words):
+    pages = explain.pages_of(explained_relative(family, changes)[0])
+    assert [page.name for page in pages] == PAGES[family]
     for page, word in words.items():
         assert word in pages[page].caption
         assert len(explain.as_png(pages[page])) > 1000

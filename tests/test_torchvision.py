@@ -17,12 +17,13 @@ import threading
 import cv2
 import numpy as np
 import pytest
-from boxes import assert_equal_detections
+from boxes import ROIS, assert_equal_detections
 from conftest import ROOT, TORCHVISION, call_program
 
-from detectors import Detections, load
+from detectors import Detections, load, rle
+from detectors.mask_rcnn import paste_all
 from detectors.preprocess import Picture
-from detectors.settings import changed
+from detectors.settings import Masks, changed
 from postprocess import align_levels, assign_levels, detect, nms, propose
 
 torch = pytest.importorskip("torch", reason=TORCHVISION)
@@ -33,6 +34,7 @@ from seeded_torchvision import write_checkpoint  # noqa: E402
 from torchvision import ops  # noqa: E402
 from torchvision.models import get_model_builder, get_model_weights  # noqa: E402
 from torchvision.models._api import WeightsEnum  # noqa: E402
+from torchvision.models.detection.roi_heads import paste_masks_in_image  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -41,7 +43,7 @@ import export  # noqa: E402
 import sources  # noqa: E402
 from sources import torchvision as source  # noqa: E402
 
-R50, R50_V2, MOBILENET, SMALL = BUILDERS = tuple(source.FROZEN_EPS)
+R50, R50_V2, MOBILENET, SMALL, MASK, MASK_V2 = BUILDERS = tuple(source.FROZEN_EPS)
 NAMES = ["astronaut", "coffee", "cat", "motorcycle"]
 SHAPES = ["circle", "triangle", "square", "star", "cross", "crescent"]
 
@@ -59,10 +61,20 @@ def own_model(builder, checkpoint, **arguments):
 
 
 def own_detections(model, image):
-    """Return the Detections of torchvision's model; its label of the first class is 1."""
+    """Return the Detections of torchvision's model; its label of the first class is 1. Masks are [d, h, w] bool."""
     with torch.no_grad():
         found = model([as_torch(image)])[0]
-    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy() - 1)
+    masks = (found["masks"][:, 0] >= 0.5).numpy() if "masks" in found else None
+    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy() - 1, masks)
+
+
+def assert_equal_masks(ours, reference):
+    """Check that each mask has an IoU of 0.999 with that of its twin, or differs in three pixels at most."""
+    ours, reference = export.pair_detections(ours, reference)
+    for found, expected in zip(map(rle.decode, ours.masks), reference.masks):
+        assert found.shape == expected.shape
+        different, union = np.count_nonzero(found ^ expected), np.count_nonzero(found | expected)
+        assert different <= 3 or different <= 0.001 * union
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +121,17 @@ def test_detections_equal_torchvision(builder, checkpoints, exports, photographs
         ours = detector(photographs[name])
         assert len(ours.boxes) == 100
         assert len(set(ours.labels)) >= 5
-        assert_equal_detections(ours, own_detections(model, photographs[name]))
+        expected = own_detections(model, photographs[name])
+        assert_equal_detections(ours, expected)
+        assert (ours.masks is not None) == (expected.masks is not None) == (builder in (MASK, MASK_V2))
+        if ours.masks is not None:
+            assert_equal_masks(ours, expected)
+
+
+def picture_of(image_size, original_size):
+    """Return what postprocessing needs to know of a picture of so many (height, width), resized from others."""
+    scale_factor = np.float32(np.divide(image_size, original_size)[[1, 0] * 2])
+    return Picture(None, image_size, scale_factor, original_size)
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -130,9 +152,7 @@ def test_numpy_equals_torchvision_on_its_own_maps(builder, checkpoints, exports,
         rescaled = model.transform.postprocess([{"boxes": boxes}], images.image_sizes, [image.shape[:2]])[0]["boxes"]
 
     rois, features = proposals.numpy(), [feature[0].numpy() for feature in maps.values()]
-    picture = Picture(
-        None, images.image_sizes[0], np.float32(np.divide(images.image_sizes[0], image.shape[:2])[[1, 0] * 2])
-    )
+    picture = picture_of(images.image_sizes[0], image.shape[:2])
     ours = propose(cls, reg, picture.image_size, settings.proposals)
     one = np.zeros(len(rois), int)  # the order of scores that differ in their last bit is free
     assert_equal_detections(Detections(ours, one, one), Detections(rois, one, one), pixels=1e-3)
@@ -192,27 +212,98 @@ def test_an_iou_of_exactly_the_threshold(threshold):
         assert nms(boxes, np.float32([0.9, 0.8]), source.as_float32(threshold)).tolist() == expected
 
 
-def test_where_nothing_is_proposed_nothing_is_found(checkpoints, exports, photographs):
-    detector = load(exports(SMALL))
-    detector.settings = source.load(SMALL, checkpoints(SMALL), options=[("rpn_score_thresh", "1.1")]).settings
-    assert len(detector(photographs["cat"]).boxes) == 0
-    assert (
-        len(own_detections(own_model(SMALL, checkpoints(SMALL), rpn_score_thresh=1.1), photographs["cat"]).boxes) == 0
-    )
+@pytest.mark.parametrize("builder", [SMALL, MASK])
+def test_where_nothing_is_proposed_nothing_is_found(builder, checkpoints, exports, photographs):
+    detector, model = load(exports(builder)), own_model(builder, checkpoints(builder), rpn_score_thresh=1.1)
+    detector.settings = source.load(builder, checkpoints(builder), options=[("rpn_score_thresh", "1.1")]).settings
+    for found in (detector(photographs["cat"]), own_detections(model, photographs["cat"])):
+        assert [len(field) for field in found if field is not None] == [0] * (4 if builder == MASK else 3)
+
+
+# ------------------------------------------------------------------ masks
+
+
+@pytest.mark.parametrize("builder", [MASK, MASK_V2])
+def test_masks_equal_torchvision_on_its_own_maps_and_logits(builder, checkpoints, exports, photographs):
+    """From the same boxes: levels and features for the mask head; and from its logits, every pixel."""
+    detector = usual_detector(builder, checkpoints, exports)
+    model, image = own_model(builder, checkpoints(builder)), photographs["coffee"]
+    heads, stages = model.roi_heads, {}
+    with torch.no_grad():
+        images, _ = model.transform([as_torch(image)])
+        maps = model.backbone(images.tensors)
+        found = heads(maps, model.rpn(images, maps)[0], images.image_sizes)[0]
+        rois, labels = found[0]["boxes"], found[0]["labels"]
+        roi_feats = heads.mask_roi_pool(maps, [rois], images.image_sizes)
+        logits = heads.mask_predictor(heads.mask_head(roi_feats))
+        levels = heads.mask_roi_pool.map_levels([rois])
+        (expected,) = model.transform.postprocess(found, images.image_sizes, [image.shape[:2]])
+
+    picture = picture_of(images.image_sizes[0], image.shape[:2])
+    features = [level[0].numpy() for level in maps.values()]
+    ours = Detections(expected["boxes"].numpy(), None, labels.numpy() - 1)
+    detector.networks = {"mask.onnx": lambda *_: [logits.numpy()[:, 1:]]}
+    scores = detector.mask_scores(ours, features, picture, lambda stage, **arrays: stages.update(arrays))
+    np.testing.assert_allclose(ours.boxes * picture.scale_factor, rois, atol=1e-3)
+    np.testing.assert_array_equal(stages["levels"], levels)
+    np.testing.assert_allclose(stages["roi_feats"], roi_feats, atol=1e-4)
+    masks = paste_all(scores, ours.boxes, picture, detector.settings.masks)
+    assert len(masks) == 100
+    for mask, (pixels,) in zip(masks, expected["masks"].numpy()):
+        np.testing.assert_array_equal(rle.decode(mask), pixels >= 0.5)
+
+
+@pytest.mark.parametrize("size", [(300, 451), (560, 392), (7, 3), (1, 1)])
+def test_pasting_equals_torchvision(size):
+    """Boxes from a hundredth of a pixel to three pictures wide; half of them reach out, detections never do.
+
+    Rounding alone may decide a pixel whose score is the threshold but for the last bits.
+    """
+    rng, (height, width) = np.random.default_rng(0), size
+    centers = rng.uniform(0, [width, height], (300, 2))
+    sizes = np.exp(rng.uniform(np.log(0.01), np.log(3 * max(size)), (300, 2)))
+    boxes = np.float32(np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1))
+    boxes[::2] = boxes[::2].clip(0, [width, height] * 2)
+    scores = torch.from_numpy(rng.normal(0, 2, (300, 28, 28)).astype(np.float32)).sigmoid()
+    expected = paste_masks_in_image(scores[:, None], torch.from_numpy(boxes), size)[:, 0].numpy() >= 0.5
+
+    settings = Masks(rois=ROIS, threshold=0.5, bordered=True)
+    masks = paste_all(scores.numpy(), boxes, Picture(None, size, np.ones(4), size), settings)
+    different = [np.count_nonzero(rle.decode(mask) ^ pixels) for mask, pixels in zip(masks, expected)]
+    assert max(different) <= 3
+    assert sum(different) <= 1e-5 * np.count_nonzero(expected)
+
+
+@pytest.mark.parametrize("option", [("fixed_size", (400, 250)), ("box_detections_per_img", 20)])
+def test_masks_with_other_arguments(option, checkpoints, exports, photographs):
+    """Among them a picture that is resized by different factors along x and y."""
+    (name, value), detector = option, load(exports(MASK))
+    detector.settings = source.load(MASK, checkpoints(MASK), options=[(name, repr(value))]).settings
+    expected = own_detections(own_model(MASK, checkpoints(MASK), **{name: value}), photographs["cat"])
+    found = detector(photographs["cat"])
+    assert_equal_detections(found, expected)
+    assert len(found.masks) == (20 if name == "box_detections_per_img" else 100)
+    assert_equal_masks(found, expected)
 
 
 # ------------------------------------------------------------------ what is exported
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_both_files_have_the_names_that_every_pair_has(builder, exports):
-    levels = range(5 if builder in (R50, R50_V2) else 3)
-    networks = [onnx.load(str(exports(builder) / name)).graph for name in ("model1.onnx", "model2.onnx")]
-    assert [[tensor.name for tensor in network.input] for network in networks] == [["image"], ["roi_feats"]]
-    outputs = [[tensor.name for tensor in network.output] for network in networks]
-    assert outputs == [[f"{kind}_{level}" for kind in ("cls", "reg", "feat") for level in levels], ["cls", "reg"]]
+def test_files_have_the_names_that_every_export_has(builder, exports):
+    levels = range(3 if builder in (MOBILENET, SMALL) else 5)
+    maps = [f"{kind}_{level}" for kind in ("cls", "reg", "feat") for level in levels]
+    expected = {"model1.onnx": (["image"], maps), "model2.onnx": (["roi_feats"], ["cls", "reg"])}
+    if builder in (MASK, MASK_V2):
+        expected["mask.onnx"] = (["roi_feats"], ["mask"])
+    networks = {path.name: onnx.load(str(path)).graph for path in exports(builder).glob("*.onnx")}
+    names = {
+        file: tuple([tensor.name for tensor in tensors] for tensors in (network.input, network.output))
+        for file, network in networks.items()
+    }
+    assert names == expected
     lines = (exports(builder) / "printed.txt").read_text().splitlines()
-    assert sum(line.endswith("  True") for line in lines) == 3 * len(levels) + 2 + 2
+    assert sum(line.endswith("  True") for line in lines) == sum(len(outputs) for _, outputs in names.values()) + 2
     settings = load(exports(builder)).settings
     assert settings.source["builder"] == builder
     # Two maps of the MobileNets have the stride 32; MultiScaleRoIAlign, which finds levels by stride, reads the first.
@@ -221,8 +312,9 @@ def test_both_files_have_the_names_that_every_pair_has(builder, exports):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_batch_normalisation_is_folded_into_convolutions(builder, exports):
-    nodes = [node.op_type for node in onnx.load(str(exports(builder) / "model1.onnx")).graph.node]
-    assert "BatchNormalization" not in nodes
+    networks = {path.name: onnx.load(str(path)).graph for path in exports(builder).glob("*.onnx")}
+    assert "BatchNormalization" not in [node.op_type for network in networks.values() for node in network.node]
+    nodes = [node.op_type for node in networks["model1.onnx"].node]
     assert nodes.count("Mul") + nodes.count("Add") + nodes.count("Sub") < nodes.count("Conv")  # residuals, FPN; swish
 
 
@@ -316,7 +408,8 @@ def test_names_from_the_checkpoint(shapes_checkpoint, tmp_path):
 def test_names_of_weights_are_those_of_today(builder, checkpoints, tmp_path):
     """In torchvision's own files they are older; saved again by the model, they are not."""
     model, content = own_model(builder, checkpoints(builder)), torch.load(checkpoints(builder), weights_only=True)
-    assert ("rpn.head.conv.weight" in content) == (builder != R50_V2)
+    assert ("rpn.head.conv.weight" in content) == (builder not in (R50_V2, MASK_V2))
+    assert ("roi_heads.mask_head.mask_fcn1.weight" in content) == (builder == MASK)
     assert source.renamed(content).keys() == model.state_dict().keys()
     torch.save(model.state_dict(), tmp_path / "today.pth")
     today = source.load_checkpoint(tmp_path / "today.pth", trust=False)
@@ -383,8 +476,8 @@ def test_set_needs_a_name_and_a_value():
 
 
 def test_other_builders_are_refused_by_name(tmp_path):
-    for name in ("retinanet_resnet50_fpn", "nonsense", ""):
-        assert_refused([f"torchvision:{name}", "--out", tmp_path], f"torchvision:{name} cannot", R50, SMALL)
+    for name in ("retinanet_resnet50_fpn", "keypointrcnn_resnet50_fpn", "nonsense", ""):
+        assert_refused([f"torchvision:{name}", "--out", tmp_path], f"torchvision:{name} cannot", R50, MASK)
 
 
 def test_an_older_torchvision_is_refused(monkeypatch):
@@ -412,6 +505,8 @@ def test_checkpoints_that_do_not_fit(checkpoints, shapes_checkpoint, tmp_path):
         torch.save(content, tmp_path / name)
         assert_refused([f"torchvision:{SMALL}", tmp_path / name, "--out", tmp_path / "out"], name, *words)
     assert_refused([f"torchvision:{R50}", checkpoints(SMALL), "--out", tmp_path / "out"], "does not fit the model")
+    for builder, other, words in ((MASK, R50, "mask_head.0.0.weight is missing"), (R50, MASK, "is left over")):
+        assert_refused([f"torchvision:{builder}", checkpoints(other), "--out", tmp_path / "out"], words)
     assert_refused([f"torchvision:{SMALL}", shapes_checkpoint, "--out", tmp_path / "out"], "6 classes", "0 names")
     assert_refused([f"torchvision:{SMALL}", tmp_path / "missing.pth"], "missing.pth: no such file")
     torch.save({"model": torch.load(shapes_checkpoint), "classes": [*SHAPES[:5], "circle"]}, tmp_path / "twice.pth")

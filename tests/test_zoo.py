@@ -4,7 +4,6 @@ Weights are seeded, pictures small. What is compared with MMDetection is printed
 """
 
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ mmdet = pytest.importorskip("mmdet", reason=MMDETECTION)
 import mmcv  # noqa: E402
 import seeded_mmdetection  # noqa: E402
 from boxes import assert_equal_detections  # noqa: E402
+from zoo import what_is_computed  # noqa: E402
 
 import export  # noqa: E402
 from sources import mmdetection  # noqa: E402
@@ -28,6 +28,7 @@ SHIPPED = sorted((Path(mmdet.__file__).parent / ".mim" / "configs" / "faster_rcn
 SCALE = {"data.test.pipeline.1.img_scale": (400, 240)}
 SOFT = {"type": "soft_nms", "iou_threshold": 0.5}
 RELATED = "What is related"
+RELATIVES = "Its two-stage relatives"
 RESIZE = "data.test.pipeline.1.transforms.0"
 
 THIN = {  # R50-FPN with a backbone and a pyramid of few channels
@@ -115,6 +116,8 @@ FAMILIES = [  # Faster R-CNN elsewhere in MMDetection's configs
     "empirical_attention/faster_rcnn_r50_fpn_attention_1111_1x_coco",
     "fpg/faster_rcnn_r50_fpg-chn128_crop640_50e_coco",
     "gn+ws/faster_rcnn_r50_fpn_gn_ws-all_1x_coco",
+    "libra_rcnn/libra_faster_rcnn_r50_fpn_1x_coco",
+    "tridentnet/tridentnet_r50_caffe_1x_coco",
     "hrnet/faster_rcnn_hrnetv2p_w18_1x_coco",
     "objects365/faster_rcnn_r50_fpn_16x4_1x_obj365v1",
     "openimages/faster_rcnn_r50_fpn_32x2_1x_openimages",
@@ -128,19 +131,53 @@ FAMILIES = [  # Faster R-CNN elsewhere in MMDetection's configs
     "scratch/faster_rcnn_r50_fpn_gn-all_scratch_6x_coco",
 ]
 
+AT_FULL_DEPTH = [  # of every family R50, and what differs in backbone, style, layers or heads
+    "mask_rcnn/mask_rcnn_r50_fpn_1x_coco",
+    "mask_rcnn/mask_rcnn_r50_caffe_c4_1x_coco",
+    "mask_rcnn/mask_rcnn_r50_caffe_fpn_1x_coco",
+    "mask_rcnn/mask_rcnn_x101_32x4d_fpn_1x_coco",
+    "cascade_rcnn/cascade_rcnn_r50_fpn_1x_coco",
+    "cascade_rcnn/cascade_mask_rcnn_r50_fpn_1x_coco",
+    "point_rend/point_rend_r50_caffe_fpn_mstrain_1x_coco",
+    "dcn/faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco",
+    "dcnv2/mask_rcnn_r50_fpn_mdconv_c3-c5_1x_coco",
+]
+
+THIN_MASKS = {  # Cascade Mask R-CNN with the thin backbone, and stages that differ
+    **{key: value for key, value in THIN.items() if not key.startswith("model.roi_head")},
+    "model.roi_head.bbox_roi_extractor.out_channels": 64,
+    "model.roi_head.mask_roi_extractor.out_channels": 64,
+    "model.roi_head.mask_head": {"in_channels": 64, "conv_out_channels": 32, "num_convs": 1},
+}
+STAGES = ("model.roi_head.bbox_head.0", "model.roi_head.bbox_head.1", "model.roi_head.bbox_head.2")
+THIN_MASKS.update(
+    {f"{stage}.{key}": value for stage in STAGES for key, value in THIN["model.roi_head.bbox_head"].items()}
+)
+MASK_KNOBS = {  # changes of it, each alone
+    "deltas of every class": {f"{stage}.reg_class_agnostic": False for stage in STAGES},
+    "deltas of every class in one stage": {f"{STAGES[1]}.reg_class_agnostic": False},
+    "means": {f"{STAGES[0]}.bbox_coder.target_means": [0.02, -0.01, 0.03, 0.1]},
+    "one mask for all classes": {"model.roi_head.mask_head.class_agnostic": True},
+    "mask threshold": {"model.test_cfg.rcnn.mask_thr_binary": 0.3},
+    "mask RoIs": {
+        "model.roi_head.mask_roi_extractor.roi_layer.output_size": 10,
+        "model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio": 2,
+        "model.roi_head.mask_roi_extractor.finest_scale": 40,
+        "model.roi_head.mask_roi_extractor.featmap_strides": [4, 8, 16],
+    },
+}  # fmt: skip
+
 REFUSED = {  # configs elsewhere in MMDetection, and what their refusal names
     "carafe/faster_rcnn_r50_fpn_carafe_1x_coco": "mmcv's operator CARAFE",
-    "cascade_rcnn/cascade_rcnn_r50_fpn_1x_coco": "model.type is CascadeRCNN",
     "cascade_rpn/crpn_faster_rcnn_r50_caffe_fpn_1x_coco": "model.rpn_head is a CascadeRPNHead",
-    "dcn/faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco": "layer2.0.conv2 is mmcv's operator DeformConv2d",
     "dcn/faster_rcnn_r50_fpn_dpool_1x_coco": "roi_layers.0 is a DeformRoIPoolPack",
-    "dcnv2/faster_rcnn_r50_fpn_mdconv_c3-c5_1x_coco": "layer2.0.conv2 is mmcv's operator ModulatedDeformConv2d",
     "double_heads/dh_faster_rcnn_r50_fpn_1x_coco": "model.roi_head is a DoubleHeadRoIHead",
     "groie/faster_rcnn_r50_fpn_groie_1x_coco": "bbox_roi_extractor is a GenericRoIExtractor",
     "guided_anchoring/ga_faster_r50_fpn_1x_coco": "model.rpn_head is a GARPNHead",
     "legacy_1.x/faster_rcnn_r50_fpn_1x_coco_v1": "model.rpn_head.prior_generator is a LegacyAnchorGenerator",
-    "mask_rcnn/mask_rcnn_r50_fpn_1x_coco": "model.type is MaskRCNN",
+    "ms_rcnn/ms_rcnn_r50_fpn_1x_coco": "model.type is MaskScoringRCNN",
     "retinanet/retinanet_r50_fpn_1x_coco": "model.type is RetinaNet",
+    "seesaw_loss/cascade_mask_rcnn_r101_fpn_random_seesaw_loss_mstrain_2x_lvis_v1": "custom_cls_channels is True",
     "sabl/sabl_faster_rcnn_r50_fpn_1x_coco": "model.roi_head.bbox_head is a SABLHead",
 }  # fmt: skip
 
@@ -163,7 +200,6 @@ COMBINED = {  # parts that MMDetection ships with other detectors, in the R50-FP
     },
 }  # fmt: skip
 UNEXPORTABLE = {  # refused only when PyTorch or ONNX Runtime has tried: changes of a config, and what is named
-    "libra_rcnn/libra_faster_rcnn_r50_fpn_1x_coco": ({}, "adaptive pooling"),
     "faster_rcnn/faster_rcnn_r50_fpn_1x_coco with NAS-FPN": (
         {
             "model.neck": {"type": "NASFPN", "stack_times": 2, "start_level": 1, "add_extra_convs": True},
@@ -179,27 +215,11 @@ UNEXPORTABLE = {  # refused only when PyTorch or ONNX Runtime has tried: changes
 }  # fmt: skip
 
 
-def what_is_computed(config):
-    """Return what a config computes at inference, as a text: without what only training sees."""
-    cfg = mmcv.Config.fromfile(str(config))
-    training = {"init_cfg", "pretrained", "train_cfg", "loss_cls", "loss_bbox", "frozen_stages", "norm_eval",
-                "requires_grad", "with_cp", "reg_decoded_bbox"}  # fmt: skip
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {key: strip(part) for key, part in sorted(value.items()) if key not in training}
-        return [strip(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    model = strip(cfg.model)
-    model["softmax"] = not cfg.model.rpn_head.loss_cls.get("use_sigmoid", False)
-    return json.dumps([model, strip(cfg.data.test.pipeline), cfg.data.test.get("classes")])
-
-
 def with_twins(configs):
     """Return the configs as pytest's parameters; those that compute the same as one before them are marked."""
     seen, parameters = {}, []
     for path in configs:
-        first = seen.setdefault(what_is_computed(path), path.stem)
+        first = seen.setdefault(what_is_computed(mmcv.Config.fromfile(str(path))), path.stem)
         parameters.append(pytest.param(path.stem, None if first == path.stem else first, id=path.stem))
     return parameters
 
@@ -214,16 +234,19 @@ def export_and_compare(config, folder, image, capsys, normalised=True):
     seeded_mmdetection.write_checkpoint(cfg, folder / "seeded.pth", image, normalised)
     cv2.imwrite(str(folder / "picture.png"), image)
     source = mmdetection.load(config, folder / "seeded.pth")
-    export.write_networks(source, folder, opset=13)
+    export.write_networks(source, folder, source.opset)
     detector, stages = load(folder), {}
     ours = detector(image, lambda stage, **arrays: stages.update({stage: arrays}))
     capsys.readouterr()
     assert export.verify_outputs(source, detector, stages) == []
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * len(detector.settings.proposals.anchors.strides) + 2
+    assert len(lines) == sum(len(network.outputs) for network in source.networks.values())
     assert all(line.endswith("True") for line in lines)
-    assert_equal_detections(ours, source.detect(folder / "picture.png"))
-    levels = np.bincount(stages["align"]["levels"], minlength=len(detector.settings.rois.strides))
+    reference = source.detect(folder / "picture.png")
+    assert_equal_detections(ours, reference)
+    assert export.verify_detections("with masks", ours, reference)
+    first = "align" if "align" in stages else "align_0"
+    levels = np.bincount(stages[first]["levels"], minlength=len(detector.settings.rois.strides))
     return ours, levels, [
         f"{len(lines)} x True",
         max((line.split("]")[1].rsplit(None, 1)[0] for line in lines), key=lambda cell: float(cell.split()[0])).strip(),
@@ -246,7 +269,8 @@ def compare(tmp_path, photographs, capsys):
 
     def run(table, row, name, changes, normalised=True):
         write_config(name, changes, tmp_path / "config.py")
-        num_classes = mmcv.Config.fromfile(str(tmp_path / "config.py")).model.roi_head.bbox_head.num_classes
+        heads = mmcv.Config.fromfile(str(tmp_path / "config.py")).model.roi_head.bbox_head
+        num_classes = (heads if isinstance(heads, dict) else heads[-1]).num_classes
         # not the astronaut: in its flat black corner anchors tie to the bit, and PyTorch's sort gives ties no order
         image = photographs["coffee"]
         found, levels, cells = export_and_compare(tmp_path / "config.py", tmp_path, image, capsys, normalised)
@@ -285,6 +309,19 @@ def test_a_knob(compare, knob):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family(compare, name):
     compare(RELATED, name, name.split("/")[1], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AT_FULL_DEPTH)
+def test_a_relative(compare, name):
+    compare(RELATIVES, name, name.split("/")[1], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knob", MASK_KNOBS)
+def test_a_knob_of_cascades_and_masks(compare, knob):
+    name = "cascade_mask_rcnn_r50_fpn_1x_coco"
+    compare("The knobs of Cascade Mask R-CNN, with a thin backbone", knob, name, {**THIN_MASKS, **MASK_KNOBS[knob]})
 
 
 @pytest.mark.slow
