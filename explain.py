@@ -2,7 +2,7 @@
 
 python explain.py PICTURE      into the folder output/: 1_input.png to 9_result.png, and index.html with all of them
 
-A cascade adds a page, and so do masks.
+A cascade adds a page, and so do masks and PointRend's points.
 
 Exit status: 0 all well, 2 nothing could be done, 130 interrupted.
 """
@@ -24,7 +24,7 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
 from detectors import ModelError, default_folder, load, one_line, rle  # noqa: E402
-from explain_relatives import draw_cascade, draw_masks  # noqa: E402
+from explain_relatives import draw_cascade, draw_masks, draw_points  # noqa: E402
 from figures import (  # noqa: E402
     DPI,
     PALETTE,
@@ -640,6 +640,7 @@ def pages_of(p):
     """Return the pages, numbered in the order of what happens."""
     drawers = [draw_input, draw_anchors, draw_objectness, draw_proposals, draw_pyramid, draw_roi_align]
     drawers += [draw_cascade, draw_head, draw_nms] if len(p.heads) > 1 else [draw_head, draw_nms]
+    drawers += [draw_points] if p.stages("subdivide") else []
     drawers += [draw_masks, draw_result] if p.mask_heads else [draw_result]
     return [numbered(draw_page(p), number) for number, draw_page in enumerate(drawers, 1)]
 
@@ -680,7 +681,7 @@ def explain(detector, path, out):
     out.mkdir(parents=True, exist_ok=True)
     for file, png in zip(paths, pngs):
         write_file(file, png)
-    family = detector.settings.type.replace("_", " ").title().replace("Rcnn", "R-CNN")
+    family = re.sub(r"(?<=[a-z])(?=[A-Z]\w*CNN)", " ", type(detector).__name__).replace("RCNN", "R-CNN")
     title = f"{family} on {printable(Path(path).name)}"
     write_file(out / "index.html", as_html(title, pages, pngs).encode())
     return pages

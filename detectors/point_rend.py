@@ -25,7 +25,7 @@ class PointRend(MaskRCNN):
         k = self.settings.masks.rois.output_size
         centers = np.broadcast_to(cell_centers(np.arange(k * k), k), (len(rois), k * k, 2))
         roi_feats = sample(features[0], inside(rois, centers), settings.stride)
-        roi_feats = np.ascontiguousarray(roi_feats.transpose(0, 2, 1)).reshape(len(rois), -1, k, k)
+        roi_feats = np.ascontiguousarray(roi_feats.transpose(0, 2, 1)).reshape(len(rois), len(features[0]), k, k)
         record("align_masks", rois=rois, roi_feats=roi_feats)
         coarse = self.networks["mask.onnx"](roi_feats, record)[0]
 
@@ -86,7 +86,7 @@ def sample_masks(masks, points):
     place = points * np.float32(k) - np.float32(0.5)  # in cells, 0 at the first one's centre
     weights = np.maximum(1 - np.abs(place[..., None] - np.arange(k, dtype=np.float32)), 0)  # [r, p, 2, k]
     weights = weights[:, :, 1, :, None] * weights[:, :, 0, None, :]  # of rows times those of columns
-    return weights.reshape(r, -1, k * k) @ masks.reshape(r, channels, k * k).transpose(0, 2, 1)
+    return weights.reshape(r, points.shape[1], k * k) @ masks.reshape(r, channels, k * k).transpose(0, 2, 1)
 
 
 def enlarge(masks):
@@ -99,6 +99,6 @@ def enlarge(masks):
 
 def most_uncertain(logits, count):
     """Return the cells [r, count] of masks [r, s, s] whose logits are nearest to zero; all, if there are no more."""
-    distance = np.abs(logits).reshape(len(logits), -1)
+    distance = np.abs(logits).reshape(len(logits), logits.shape[1] ** 2)
     count = min(count, distance.shape[1])
     return np.argpartition(distance, count - 1, axis=1)[:, :count]

@@ -44,6 +44,7 @@ def write_checkpoint(cfg, path, image, normalised=True):
 
 def scale_point_rend(roi_head, roi_feats):
     """Scale the last layers of PointRend's two mask heads by what RoIs' features [n, C, s, s] give."""
+    torch.nn.init.normal_(roi_head.mask_head.fc_logits.weight)  # a constant, as MMDetection initialises it
     scale_layer(roi_head.mask_head.fc_logits, [roi_head.mask_head(roi_feats).flatten(1)], 2.0)
     coarse = torch.nn.functional.interpolate(roi_head.mask_head(roi_feats), roi_feats.shape[2:])
     points = roi_head.point_head(roi_feats.flatten(2), coarse.flatten(2))
@@ -96,5 +97,6 @@ def prepare(detector, blob, image_size, normalised=True):
                 scale_point_rend(roi_head, pool(extractor, head))
             else:
                 scale_layer(mask_head.conv_logits, head(pool(extractor, head)), 2.0)
+                mask_head.conv_logits.bias += 3  # most pixels are in; around 0, rounding decides about some of many
     for hook in normalising:
         hook.remove()

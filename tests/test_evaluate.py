@@ -95,8 +95,11 @@ def whole(pictures, tmp_path_factory):
 # ------------------------------------------------------------------ the numbers
 
 
-def mmdetection_evaluation(detector, pictures, monkeypatch):
-    """Return the COCOeval that CocoDataset.evaluate makes of single_gpu_test's results; its report has 3 decimals."""
+def mmdetection_evaluation(detector, pictures, monkeypatch, kinds=("bbox",)):
+    """Return a COCOeval of each kind that CocoDataset.evaluate makes of single_gpu_test's results.
+
+    Its report has three decimals.
+    """
     import mmcv
     import mmdet.datasets.coco
     import torch
@@ -118,8 +121,8 @@ def mmdetection_evaluation(detector, pictures, monkeypatch):
     loader = build_dataloader(data, samples_per_gpu=1, workers_per_gpu=0, dist=False, shuffle=False)
     with torch.no_grad():
         results = single_gpu_test(build_dp(detector, "cpu"), loader)
-    data.evaluate(results, metric="bbox", proposal_nums=(1, 10, 100), classwise=True)
-    return made[0]
+    data.evaluate(results, metric=list(kinds), proposal_nums=(1, 10, 100), classwise=True)
+    return made
 
 
 @pytest.mark.slow
@@ -132,7 +135,7 @@ def test_the_twelve_numbers_are_mmdetections(shapes_detector, many_pictures, tmp
     results = json.loads((tmp_path / "detections.json").read_text())
     ours = evaluate.evaluate(evaluate.read_annotations(many_pictures / "val.json"), results, "bbox", IDS)
     ours.summarize()
-    expected = mmdetection_evaluation(shapes_detector, many_pictures, monkeypatch)
+    (expected,) = mmdetection_evaluation(shapes_detector, many_pictures, monkeypatch)
     assert len(ours.stats) == len(expected.stats) == 12
     np.testing.assert_allclose(ours.stats, expected.stats, atol=1e-4)
     np.testing.assert_allclose(printed, expected.stats, atol=6e-4)
@@ -151,6 +154,24 @@ def test_a_class_without_objects_has_no_precision(pictures, whole, tmp_path):
     evaluation = evaluate.evaluate(coco, json.loads(whole[1]), "bbox", IDS)
     averages = evaluate.class_precision(evaluation)
     assert [category for category, (average, _) in averages.items() if np.isnan(average)] == [IDS[2]]
+
+
+@pytest.mark.slow
+def test_the_numbers_of_masks_are_mmdetections(mmdetection, many_pictures, tmp_path, monkeypatch, capsys):
+    folder, kinds = SHAPES.parent / "shapes_mask", ("bbox", "segm")
+    arguments = [many_pictures / "val.json", many_pictures / "val", "--out", tmp_path, "--model", folder]
+    assert evaluate.main(list(map(str, arguments))) == 0
+    printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " @[ " in line]
+    detector = mmdetection.load_detector(folder / "config.py", folder / "shapes_mask.pth")
+    expected = mmdetection_evaluation(detector, many_pictures, monkeypatch, kinds)
+    results = json.loads((tmp_path / "detections.json").read_text())
+    coco = evaluate.read_annotations(many_pictures / "val.json")
+    for kind, theirs in zip(kinds, expected):
+        ours = evaluate.evaluate(coco, results, kind, IDS)
+        ours.summarize()
+        np.testing.assert_allclose(ours.stats, theirs.stats, atol=1e-4)
+    np.testing.assert_allclose(printed, [number for theirs in expected for number in theirs.stats], atol=6e-4)
+    assert 0.7 < expected[1].stats[0] < 0.9
 
 
 def with_masks(settings):

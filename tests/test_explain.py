@@ -727,7 +727,7 @@ def test_points_that_are_predicted_anew(changes, points):
             scores, dots = axis.images[0].get_array(), axis.lines[0].get_xydata()
             np.testing.assert_allclose(scores, 1 / (1 + np.exp(-step["logits"][i])), atol=1e-6)
             np.testing.assert_array_equal(dots, step["points"][i])
-            assert axis.images[0].get_extent() == (0, 1, 1, 0)
+            assert axis.images[0].get_extent() == [0, 1, 1, 0]
             # Where there are no dots, a cell is interpolated; those with dots were the nearest to a score of one half.
             while len(before) < s:
                 before = cv2.resize(before, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR)
