@@ -3,7 +3,7 @@
 import numpy as np
 
 from detectors import rle
-from detectors.mask_rcnn import paste, pasting_matrix, with_border
+from detectors.mask_rcnn import paste, pasting_matrix, placed
 from figures import (
     PALETTE,
     SCORES,
@@ -180,10 +180,9 @@ def draw_masks(p, shown=3):
 
 def cells_and_box(p, which):
     """Return the cells [s, s] of a detection's mask, and the box [4] that they are stretched over."""
-    cells, factor = p.paste["scores"][[which]], np.float32(p.preprocess["scale_factor"])
-    boxes = p.paste["boxes"][[which]] * factor / factor  # as paste_all rounds them
-    cells, boxes = with_border(cells, boxes) if p.settings.masks.bordered else (cells, boxes)
-    return cells[0], boxes[0]
+    scores, boxes = p.paste["scores"][[which]], p.paste["boxes"][[which]]
+    (cells,), (box,) = placed(scores, boxes, p.preprocess["scale_factor"], p.settings.masks)
+    return cells, box
 
 
 def named(p, which):

@@ -399,13 +399,25 @@ def align_levels(features, rois, levels, settings):
     return pooled
 
 
+def rescale(boxes, picture, settings):
+    """Return boxes [n, 4] of the resized picture in pixels of the picture as it came in.
+
+    They are divided by picture.scale_factor, or with `multiplied_back` multiplied by its inverse. In the last bit that
+    differs, and a mask whose box ends at a whole pixel gets a column more or less by it.
+    """
+    if not settings.multiplied_back:
+        return boxes / np.float32(picture.scale_factor)
+    (height, width), (new_height, new_width) = picture.original_size, picture.image_size
+    return boxes * (np.float32([width, height] * 2) / np.float32([new_width, new_height] * 2))
+
+
 def detect(cls, reg, rois, picture, settings, record=ignore):
     """Turn the head's outputs into Detections, best first, no more than settings.max_per_img.
 
     cls [r, classes + 1]: the RoIs' logits, the background last; reg [r, 4 classes], or [r, 4] if class-agnostic: the
     deltas of the RoIs [r, 4]. Every class of every RoI whose softmax score is above the threshold is decoded, clipped
-    to picture.image_size (height, width) and divided by picture.scale_factor [4], which makes it pixels of the picture
-    as it came in. NMS decides class by class. Fast R-CNN (1504.08083), sections 2.1 and 3.
+    to picture.image_size (height, width) and rescaled to pixels of the picture as it came in. NMS decides class by
+    class. Fast R-CNN (1504.08083), sections 2.1 and 3.
     """
     class_scores = softmax(cls)[:, :-1]
     roi, label = np.nonzero(class_scores > settings.score_threshold)
@@ -414,7 +426,7 @@ def detect(cls, reg, rois, picture, settings, record=ignore):
     resized = decode_boxes(rois[roi], deltas, settings, picture.image_size)
     large = large_enough(resized, settings.min_bbox_size)
     resized, scores, label, roi = resized[large], scores[large], label[large], roi[large]
-    boxes = resized / np.float32(picture.scale_factor)
+    boxes = rescale(resized, picture, settings)
     kept, new_scores = batched_nms(resized if settings.nms_resized else boxes, scores, label, settings)
     record("detect", candidates=boxes, resized=resized, scores=scores, labels=label, rois=roi, kept=kept)
     kept, new_scores = kept[: settings.max_per_img], new_scores[: settings.max_per_img]

@@ -59,15 +59,19 @@ def paste_all(scores, boxes, picture, settings):
 
     scores [d, s, s]: of the cells of each box. As arrays, a hundred masks of a large picture would take a gigabyte.
     """
-    factor = np.float32(picture.scale_factor)
-    boxes = boxes * factor / factor  # what MMDetection pastes into: rounded twice
-    if settings.bordered:
-        scores, boxes = with_border(scores, boxes)
     masks = []
-    for cells, box in zip(scores, boxes):
+    for cells, box in zip(*placed(scores, boxes, picture.scale_factor, settings)):
         pasted, top, left = paste(cells, box, picture.original_size)
         masks.append(rle.encode(pasted >= np.float32(settings.threshold), picture.original_size, top, left))
     return np.array(masks, object)
+
+
+def placed(scores, boxes, scale_factor, settings):
+    """Return masks' cells [d, s, s] and the boxes [d, 4] over which they are stretched."""
+    if settings.bordered:
+        return with_border(scores, boxes)
+    factor = np.float32(scale_factor)
+    return scores, boxes * factor / factor  # what MMDetection pastes into: rounded twice
 
 
 def paste(cells, box, size):
@@ -108,4 +112,4 @@ def with_border(scores, boxes):
     centers, half_sizes = (boxes[:, 2:] + boxes[:, :2]) * np.float32(0.5), (boxes[:, 2:] - boxes[:, :2])
     half_sizes = half_sizes * np.float32(0.5) * np.float32((s + 2) / s)
     first, last = np.trunc(centers - half_sizes), np.trunc(centers + half_sizes)
-    return np.pad(scores, [(0, 0), (1, 1), (1, 1)]), np.concatenate([first, np.maximum(last, first) + 1], axis=1)
+    return np.pad(scores, [(0, 0), (1, 1), (1, 1)]), np.concatenate([first, last + 1], axis=1)

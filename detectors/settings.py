@@ -108,6 +108,7 @@ class Head(Stage, kw_only=True):
     class_agnostic: bool  # one set of deltas for all classes, instead of one for each
     score_threshold: Number  # a class is dropped unless its score is above it
     nms_resized: bool = False  # NMS sees boxes in pixels of the resized picture; False: of the picture as it came in
+    multiplied_back: bool = False  # boxes are multiplied by original / resized size; False: divided, see rescale
 
 
 class Refinement(Coder, kw_only=True):

@@ -384,6 +384,7 @@ def describe_head(heads):
         score_threshold=heads.score_thresh,
         iou_threshold=as_float32(heads.nms_thresh),
         nms_resized=True,
+        multiplied_back=True,
         nms_first_group=1,
         nms_moved_up_to=MOVED_BY_NMS,
         max_per_img=heads.detections_per_img,

@@ -89,7 +89,8 @@ def prepare(detector, blob, image_size, normalised=True):
     scale_rpn(features, rpn, (rpn.rpn_cls, rpn.rpn_reg))
     for extractor, bbox_head in zip(stages(roi_head.bbox_roi_extractor), stages(roi_head.bbox_head)):
         head = RoIHead(roi_head, bbox_head)
-        scale_head(head(pool(extractor, head)), (bbox_head.fc_cls, bbox_head.fc_reg))
+        roi_feats = head.shared_head(pool(extractor, head))
+        scale_head(bbox_head(roi_feats), (bbox_head.fc_cls, bbox_head.fc_reg))
     if roi_head.with_mask:
         for extractor, mask_head in zip(stages(roi_head.mask_roi_extractor), stages(roi_head.mask_head)):
             head = RoIHead(roi_head, mask_head)

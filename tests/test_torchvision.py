@@ -22,7 +22,7 @@ from conftest import ROOT, TORCHVISION, call_program
 
 from detectors import Detections, load, rle
 from detectors.mask_rcnn import paste_all
-from detectors.preprocess import Picture
+from detectors.preprocess import Picture, preprocess
 from detectors.settings import Masks, changed
 from postprocess import align_levels, assign_levels, detect, nms, propose
 
@@ -35,6 +35,7 @@ from torchvision import ops  # noqa: E402
 from torchvision.models import get_model_builder, get_model_weights  # noqa: E402
 from torchvision.models._api import WeightsEnum  # noqa: E402
 from torchvision.models.detection.roi_heads import paste_masks_in_image  # noqa: E402
+from torchvision.models.detection.transform import resize_boxes  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -272,6 +273,25 @@ def test_pasting_equals_torchvision(size):
     different = [np.count_nonzero(rle.decode(mask) ^ pixels) for mask, pixels in zip(masks, expected)]
     assert max(different) <= 3
     assert sum(different) <= 1e-5 * np.count_nonzero(expected)
+
+
+def test_masks_of_boxes_as_large_as_the_picture(checkpoints):
+    """Sides that 28 divides: with its border, such a box ends at a whole pixel, if no bit is rounded otherwise."""
+    settings = source.load(MASK, checkpoints(MASK)).settings
+    rng, cls, reg = np.random.default_rng(0), np.full((1, 91), -9, np.float32), np.zeros((1, 360), np.float32)
+    cls[0, 5] = 9
+    for height, width in 28 * rng.integers(5, 20, (40, 2)):
+        size, resized = (
+            (int(height), int(width)),
+            preprocess(np.zeros((height, width, 3), np.uint8), settings.preprocess),
+        )
+        rois = np.float32([[0, 0, *resized.image_size[::-1]]])
+        scores = torch.from_numpy(rng.random((1, 1, 28, 28), np.float32))
+        boxes = resize_boxes(torch.from_numpy(rois), resized.image_size, size)
+        expected = paste_masks_in_image(scores, boxes, size)[0, 0].numpy() >= 0.5
+        found = detect(cls, reg, rois, resized, settings.head)
+        (mask,) = paste_all(scores[0].numpy(), found.boxes, resized, settings.masks)
+        assert np.count_nonzero(rle.decode(mask) ^ expected) <= 3
 
 
 @pytest.mark.parametrize("option", [("fixed_size", (400, 250)), ("box_detections_per_img", 20)])
