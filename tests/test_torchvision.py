@@ -665,7 +665,7 @@ def annotated(folder, pictures, model):
     for number, image in enumerate(pictures, 1):
         cv2.imwrite(str(folder / f"{number}.png"), image)
         images.append({"id": number, "file_name": f"{number}.png"})
-        for i, (box, score, label) in enumerate(zip(*(field.tolist() for field in own_detections(model, image)))):
+        for i, (box, score, label) in enumerate(zip(*(field.tolist() for field in own_detections(model, image)[:3]))):
             x1, y1, x2, y2 = box
             entry = {"image_id": number, "category_id": ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             results.append({**entry, "score": score})
