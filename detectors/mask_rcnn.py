@@ -100,7 +100,7 @@ def pasting_matrix(start, stop, num_cells, length):
     place[np.isinf(place)] = 0  # an interval without length
     place = (place + 1) * np.float32(num_cells / 2) - np.float32(0.5)  # in cells, 0 at the first one's centre
     weights = 1 - np.abs(place[:, None] - np.arange(num_cells, dtype=np.float32))
-    return first, np.maximum(np.nan_to_num(weights), 0)
+    return first, np.fmax(weights, 0)  # 0 where the place is NaN: a pixel at the end of an interval without length
 
 
 def with_border(scores, boxes):

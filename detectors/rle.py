@@ -18,9 +18,11 @@ def encode(mask, size, top=0, left=0):
     column, row = np.divmod(np.flatnonzero(columns[:, 1:] != columns[:, :-1]), len(mask) + 1)
     places = (left + column) * height + top + row
     # A run goes on in the next column if it leaves a column at the bottom just where it enters the next one.
-    goes_on = np.flatnonzero(places[1:] == places[:-1])
-    places = np.delete(places, np.concatenate([goes_on, goes_on + 1]))
-    counts = np.diff(places, prepend=0, append=height * width)
+    goes_on = places[1:] == places[:-1]
+    if goes_on.any():
+        places = places[~(np.append(goes_on, False) | np.append(False, goes_on))]
+    bounds = np.concatenate([[0], places, [height * width]])
+    counts = bounds[1:] - bounds[:-1]
     counts = counts if counts[-1] else counts[:-1]  # the last pixel is inside: nothing follows
     return {"size": [int(height), int(width)], "counts": to_text(counts)}
 
@@ -43,7 +45,8 @@ def to_text(counts):
     groups = numbers[:, None] >> np.arange(0, 40, 5)  # eight of them, each with all higher bits
     rest = groups >> 5
     more = rest != np.where(groups & 16, -1, 0)  # the fifth bit of the last group is the sign
-    needed = np.logical_and.accumulate(np.insert(more[:, :-1], 0, True, axis=1), axis=1)
+    needed = np.ones_like(more)
+    np.logical_and.accumulate(more[:, :-1], axis=1, out=needed[:, 1:])
     return bytes(((groups & 31) + 32 * more + 48)[needed].astype(np.uint8)).decode()
 
 
