@@ -404,7 +404,8 @@ def check_operators(detector):
         if isinstance(layer, (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d)):
             continue
         files = [sys.modules[base.__module__] for base in type(layer).__mro__]
-        if any(hasattr(file, "ext_module") for file in files) and "roi_layers" not in name:
+        compiled = any(hasattr(file, "ext_module") for file in files) or isinstance(layer, mmcv.ops.SAConv2d)
+        if compiled and "roi_layers" not in name:
             raise SourceError(
                 f"model.{name} is mmcv's operator {type(layer).__name__}, for which ONNX has no standard operator"
             )

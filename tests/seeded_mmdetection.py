@@ -7,12 +7,14 @@ from mmcv.cnn.bricks import ConvAWS2d, ConvWS2d
 from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
-from seeded import normalise, scale_head, scale_layer, scale_rpn, scale_to_unit
+from mmdet.models.utils.normed_predictor import NormedConv2d, NormedLinear
+from seeded import normalise, scale_layer, scale_rpn, scale_to_unit
 
 from detectors.preprocess import preprocess
 from sources.mmdetection import DATASETS, RoIHead, describe_preprocessing, replace_sync_norms, stages
 
 STANDARDISING = (ConvWS2d, ConvAWS2d)  # convolutions to which the scale of their weights makes no difference
+NORMALISING = (NormedLinear, NormedConv2d)  # layers of which the same is true, and whose inputs have a length of 1
 
 
 def write_checkpoint(cfg, path, image, normalised=True):
@@ -51,6 +53,24 @@ def scale_point_rend(roi_head, roi_feats):
     scale_layer(roi_head.point_head.fc_logits, [points], 2.0)
 
 
+def tell_apart(layer, inputs):
+    """Choose the weights of a NORMALISING layer along the deviations of its inputs [N, C, ...]; their mean gives 0.
+
+    Other random weights give nearly the same to all inputs, of which so many channels have a common sign.
+    """
+    x = torch.nn.functional.normalize(inputs[0].transpose(0, 1).flatten(1).T)  # [n, C]
+    x = x[torch.randperm(len(x))[:1000]]
+    weight = torch.nn.functional.normalize(torch.randn(len(layer.weight), len(x)) @ (x - x.mean(dim=0)))
+    layer.weight.copy_(weight.view_as(layer.weight))
+    layer.bias.copy_(-layer.tempearture * weight @ x.mean(dim=0))
+
+
+def scale_last(layer, outputs, deviation):
+    """Scale the last layer of a head, unless tell_apart has chosen its weights."""
+    if not isinstance(layer, NORMALISING):
+        scale_layer(layer, [outputs], deviation)
+
+
 def forget_pretrained(model):
     """Delete from a config's model, wherever they stand, the names of pretrained weights, which would be downloaded."""
     for part in model if isinstance(model, list) else list(model.values()):
@@ -70,6 +90,7 @@ def prepare(detector, blob, image_size, normalised=True):
     fixed = (*offsets, *(part for part in parts if isinstance(part, STANDARDISING)))
     convolutions = [part for part in parts if isinstance(part, torch.nn.Conv2d) and part not in fixed]
     normalising = [norm.register_forward_pre_hook(normalise) for norm in norms if normalised]
+    normalising += [part.register_forward_pre_hook(tell_apart) for part in parts if isinstance(part, NORMALISING)]
     scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions if normalised]
     for offset in offsets:  # of deformable convolutions; they start at zero, and far from it rounding counts
         torch.nn.init.normal_(offset.weight)
@@ -90,14 +111,16 @@ def prepare(detector, blob, image_size, normalised=True):
     for extractor, bbox_head in zip(stages(roi_head.bbox_roi_extractor), stages(roi_head.bbox_head)):
         head = RoIHead(roi_head, bbox_head)
         roi_feats = head.shared_head(pool(extractor, head))
-        scale_head(bbox_head(roi_feats), (bbox_head.fc_cls, bbox_head.fc_reg))
+        cls, reg = bbox_head(roi_feats)
+        scale_last(bbox_head.fc_cls, cls, 2.0)
+        scale_last(bbox_head.fc_reg, reg, 0.5)
     if roi_head.with_mask:
         for extractor, mask_head in zip(stages(roi_head.mask_roi_extractor), stages(roi_head.mask_head)):
             head = RoIHead(roi_head, mask_head)
             if hasattr(roi_head, "point_head"):
                 scale_point_rend(roi_head, pool(extractor, head))
             else:
-                scale_layer(mask_head.conv_logits, head(pool(extractor, head)), 2.0)
+                scale_last(mask_head.conv_logits, head(pool(extractor, head))[0], 2.0)
                 mask_head.conv_logits.bias += 3  # most pixels are in; around 0, rounding decides about some of many
     for hook in normalising:
         hook.remove()

@@ -8,7 +8,7 @@ from boxes import ROIS, random_boxes
 from conftest import MMDETECTION
 
 from detectors import rle
-from detectors.mask_rcnn import paste, paste_all
+from detectors.mask_rcnn import paste, paste_all, placed
 from detectors.preprocess import Picture
 from detectors.settings import Masks
 
@@ -60,6 +60,21 @@ def test_a_pixel_on_the_threshold_is_in_the_mask():
         masks = Masks(rois=ROIS, threshold=threshold)
         (mask,) = paste_all(cells, np.float32([[2, 2, 4, 4]]), picture, masks)
         assert rle.decode(mask).sum() == pixels
+
+
+@pytest.mark.parametrize("box", EDGES)
+def test_every_box_gives_numbers(box):
+    part, _, _ = paste(np.random.default_rng(0).random((4, 4), np.float32), box, (40, 60))
+    assert np.isfinite(part).all()
+
+
+def test_boxes_are_rounded_twice():
+    """As in MMDetection, which scales boxes to the resized picture for the mask head, and back for pasting."""
+    boxes, factor = random_boxes(np.random.default_rng(0), 500), np.float32([1.37, 1.41, 1.37, 1.41])
+    cells = np.zeros((500, 28, 28), np.float32)
+    twice = placed(cells, boxes, factor, MASKS)[1]
+    np.testing.assert_array_equal(twice, boxes * factor / factor)
+    assert (twice != boxes).any()
 
 
 def test_no_detections():

@@ -169,6 +169,7 @@ MASK_KNOBS = {  # changes of it, each alone
 
 REFUSED = {  # configs elsewhere in MMDetection, and what their refusal names
     "carafe/faster_rcnn_r50_fpn_carafe_1x_coco": "mmcv's operator CARAFE",
+    "detectors/cascade_rcnn_r50_sac_1x_coco": "layer2.0.conv2 is mmcv's operator SAConv2d",
     "cascade_rpn/crpn_faster_rcnn_r50_caffe_fpn_1x_coco": "model.rpn_head is a CascadeRPNHead",
     "dcn/faster_rcnn_r50_fpn_dpool_1x_coco": "roi_layers.0 is a DeformRoIPoolPack",
     "double_heads/dh_faster_rcnn_r50_fpn_1x_coco": "model.roi_head is a DoubleHeadRoIHead",
