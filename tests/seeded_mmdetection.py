@@ -7,6 +7,7 @@ from mmcv.cnn.bricks import ConvAWS2d, ConvWS2d
 from mmdet.core import bbox2roi
 from mmdet.models import build_detector
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
+from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.models.utils.normed_predictor import NormedConv2d, NormedLinear
 from seeded import normalise, scale_layer, scale_rpn, scale_to_unit
 
@@ -34,6 +35,8 @@ def write_checkpoint(cfg, path, image, normalised=True):
             if isinstance(module, (BasicBlock, Bottleneck)):
                 last = module.norm2 if isinstance(module, BasicBlock) else module.norm3
                 last.weight.fill_(0.2 if normalised else 0.5)
+            elif isinstance(module, TridentConv):  # MMDetection leaves what was in memory
+                torch.nn.init.kaiming_normal_(module.weight)
         picture = preprocess(image, describe_preprocessing(cfg))
         prepare(detector, torch.from_numpy(picture.blob), picture.image_size, normalised)
     num_classes = stages(detector.roi_head.bbox_head)[-1].num_classes
