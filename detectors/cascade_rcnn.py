@@ -9,7 +9,7 @@ Cascade R-CNN (arXiv 1712.00726), sections 4.1 and 4.2.
 
 import numpy as np
 
-from detectors.faster_rcnn import FasterRCNN, pool, tensors_of_head
+from detectors.faster_rcnn import FasterRCNN, pool, tensors_of_head, tensors_of_rpn
 from detectors.settings import CascadeRCNNSettings
 from postprocess import decode_boxes, detect
 
@@ -35,9 +35,11 @@ class CascadeRCNN(FasterRCNN):
     @classmethod
     def tensors(cls, settings):
         """Return the tensors of the networks, {file: {name: shape}}: see Network.expect."""
-        model1 = super().tensors(settings)["model1.onnx"]
         heads = [tensors_of_head(settings, stage.class_agnostic) for stage in [*settings.refinements, settings.head]]
-        return {"model1.onnx": model1, **{f"model2_{stage}.onnx": head for stage, head in enumerate(heads)}}
+        return {
+            "model1.onnx": tensors_of_rpn(settings),
+            **{f"model2_{stage}.onnx": head for stage, head in enumerate(heads)},
+        }
 
 
 def refine(cls, reg, rois, image_size, settings):

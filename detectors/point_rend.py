@@ -21,10 +21,10 @@ class PointRend(MaskRCNN):
     def mask_scores(self, found, features, picture, record):
         """Return the scores [d, s, s], 0 to 1, of the cells of each of the Detections' boxes."""
         settings = self.settings.points
-        rois = found.boxes * np.float32(picture.scale_factor)
-        k = self.settings.masks.rois.output_size
+        rois, finest = found.boxes * np.float32(picture.scale_factor), surrounded(features[0])
+        k, stride = self.settings.masks.rois.output_size, self.settings.masks.rois.strides[0]
         centers = np.broadcast_to(cell_centers(np.arange(k * k), k), (len(rois), k * k, 2))
-        roi_feats = sample(features[0], inside(rois, centers), settings.stride)
+        roi_feats = sample(finest, inside(rois, centers), stride)
         roi_feats = np.ascontiguousarray(roi_feats.transpose(0, 2, 1)).reshape(len(rois), len(features[0]), k, k)
         record("align_masks", rois=rois, roi_feats=roi_feats)
         coarse = self.networks["mask.onnx"](roi_feats, record)[0]
@@ -38,7 +38,7 @@ class PointRend(MaskRCNN):
                 continue  # the next step predicts all of its points anew anyway
             chosen = most_uncertain(logits, settings.num_points)
             points = cell_centers(chosen, s)
-            fine = sample(features[0], inside(rois, points), settings.stride)
+            fine = sample(finest, inside(rois, points), stride)
             point_feats = np.concatenate([fine, sample_masks(coarse, points)], axis=2)
             predicted = self.networks["point.onnx"](point_feats, record)[0].transpose(0, 2, 1)[channel]
             np.put_along_axis(logits.reshape(len(rois), s * s), chosen, predicted, axis=1)
@@ -62,21 +62,24 @@ def inside(rois, points):
     return rois[:, None, :2] + points * (rois[:, None, 2:] - rois[:, None, :2])
 
 
+def surrounded(features):
+    """Return a level's map [C, h, w] with its channels last, and surrounded by zeros: [h + 2, w + 2, C]."""
+    return np.pad(features.transpose(1, 2, 0), [(1, 1), (1, 1), (0, 0)])
+
+
 def sample(features, points, stride):
-    """Return the features [r, p, C] of a level's map [C, h, w] at points [r, p, 2] in pixels.
+    """Return the features [r, p, C] of a map that `surrounded` gave at points [r, p, 2] in pixels.
 
     Each takes from the four cells around it, the more the nearer; outside the map, cells count as zero.
     """
-    channels, height, width = features.shape
-    rows = np.zeros((height + 2, width + 2, channels), np.float32)  # a border of zeros
-    rows[1:-1, 1:-1] = features.transpose(1, 2, 0)
-    rows = rows.reshape(-1, channels)
-    place = np.clip(points / np.float32(stride) + np.float32(0.5), 0, np.float32([width + 1, height + 1]))
-    low = np.minimum(place.astype(np.int64), [width, height])
+    height, width, channels = features.shape  # with the zeros
+    rows = features.reshape(-1, channels)
+    place = np.clip(points / np.float32(stride) + np.float32(0.5), 0, np.float32([width - 1, height - 1]))
+    low = np.minimum(place.astype(np.int64), [width - 2, height - 2])
     x, y = np.moveaxis(place - low.astype(np.float32), -1, 0)[..., None]  # of the way to the next cell
-    corner = low[..., 1] * (width + 2) + low[..., 0]
+    corner = low[..., 1] * width + low[..., 0]
     upper = rows[corner] * (1 - x) + rows[corner + 1] * x
-    lower = rows[corner + width + 2] * (1 - x) + rows[corner + width + 3] * x
+    lower = rows[corner + width] * (1 - x) + rows[corner + width + 1] * x
     return upper * (1 - y) + lower * y
 
 

@@ -129,7 +129,6 @@ class Masks(Settings, kw_only=True):
 class Points(Settings, kw_only=True):
     """From coarse masks to fine ones, see point_rend.py."""
 
-    stride: Count  # of the finest level, whose features every point takes
     steps: Count  # how often a mask is doubled
     num_points: Count  # how many of its points are predicted anew each time
 

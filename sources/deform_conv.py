@@ -118,7 +118,7 @@ def zeros_in_shape(x, weight, offset, *_):
 
 @parse_args("v", "v", "v", "v", "v", "is", "is", "is", "i", "i")
 def add_to_graph(g, x, weight, offset, bias, mask, stride, padding, dilation, groups, deform_groups):
-    """Add DeformConv to an ONNX graph; an input stays empty where there is no bias or no mask."""
+    """Add DeformConv to an ONNX graph, given the arguments of the operator; without bias or mask, they stay empty."""
     return g.op(
         "DeformConv", x, weight, offset, bias, mask,
         strides_i=stride, pads_i=2 * padding, dilations_i=dilation, group_i=groups, offset_group_i=deform_groups,

@@ -50,13 +50,8 @@ DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
 DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{DEFAULT_CONFIG}/{DEFAULT_CHECKPOINT}"
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
-DETECTORS = (
-    "FasterRCNN",
-    "MaskRCNN",
-    "CascadeRCNN",
-    "PointRend",
-    "TridentFasterRCNN",
-)  # what a config may call its model
+# What a config may call its model.
+DETECTORS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN")
 FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     (): FasterRCNNSettings,
     ("refinements",): CascadeRCNNSettings,
@@ -543,11 +538,7 @@ def describe_points(roi_head, cfg):
     """Return the settings of PointRend's subdivision."""
     if cfg.scale_factor != 2:
         raise SourceError(f"model.test_cfg.rcnn.scale_factor is {cfg.scale_factor}: only 2 can be exported")
-    return Points(
-        stride=roi_head.mask_roi_extractor.featmap_strides[0],
-        steps=cfg.subdivision_steps,
-        num_points=cfg.subdivision_num_points,
-    )
+    return Points(steps=cfg.subdivision_steps, num_points=cfg.subdivision_num_points)
 
 
 def describe_preprocessing(cfg):

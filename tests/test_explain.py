@@ -474,7 +474,7 @@ def relative(family, changes):
         cells = 7 if family is PointRend else 28
         networks.update({f"mask{stage}.onnx": MaskHead(f"mask{stage}", classes, cells) for stage in stages})
     if family is PointRend:
-        settings["points"] = Points(stride=4, steps=5, num_points=784)
+        settings["points"] = Points(steps=5, num_points=784)
         networks["point.onnx"] = PointHead(classes)
     settings = family.Settings(**settings)
     for name, value in changes.items():

@@ -5,7 +5,7 @@ import pytest
 from boxes import EDGE_CASES, random_boxes
 from conftest import MMDETECTION
 
-from detectors.point_rend import cell_centers, enlarge, inside, most_uncertain, sample, sample_masks
+from detectors.point_rend import cell_centers, enlarge, inside, most_uncertain, sample, sample_masks, surrounded
 
 torch = pytest.importorskip("torch", reason=MMDETECTION)
 ops = pytest.importorskip("mmcv.ops", reason=MMDETECTION)
@@ -21,7 +21,7 @@ def test_a_sample_at_the_centre_of_each_bin():
     features = rng_masks((6, 8, 12))
     rois = np.concatenate([EDGE_CASES, random_boxes(np.random.default_rng(1), 50, 96, 64)])
     points = np.broadcast_to(cell_centers(np.arange(49), 7), (len(rois), 49, 2))
-    ours = sample(features, inside(rois, points), 8).transpose(0, 2, 1).reshape(-1, 6, 7, 7)
+    ours = sample(surrounded(features), inside(rois, points), 8).transpose(0, 2, 1).reshape(-1, 6, 7, 7)
     with_image = torch.from_numpy(np.insert(rois, 0, 0, axis=1))
     expected = ops.SimpleRoIAlign(7, 1 / 8)(torch.from_numpy(features[None]), with_image)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
