@@ -148,6 +148,9 @@ def read_arguments(arguments):
     add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the results (default: output)")
     add("--score-thr", metavar="S", type=read_score, default=0.3,
         help="lowest score drawn and written (default: 0.3); the model's own threshold still applies")  # fmt: skip
+    add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[],
+        type=None if MISSING else pictures.name_and_value,
+        help="another value for a setting of the model, such as head.iou_threshold=0.6; may be repeated")  # fmt: skip
     add("--show", action="store_true", help="show each picture in a window until a key is pressed")
     args = parser.parse_args(arguments)
     if args.show and not can_show():
@@ -167,7 +170,7 @@ def main(arguments=None):
             print(f"demo.py: left out, annotated by an earlier run: {len(files) - len(originals)}", file=sys.stderr)
         if not originals:
             return 2
-        detector = load(args.model)
+        detector = load(args.model, args.options)
         print(f"model: {args.model} ({sum(map(bool, detector.classes))} classes)")
         if args.paths and args.model.resolve() == BUNDLED:
             shapes = ", ".join(detector.classes)

@@ -34,7 +34,8 @@ from typing_extensions import Annotated  # noqa: E402
 
 from detectors import ModelError, default_folder, load, one_line  # noqa: E402
 from detectors.preprocess import preprocess  # noqa: E402
-from pictures import coco_results, printable, read_picture, run_program, write_file  # noqa: E402
+from detectors.settings import write  # noqa: E402
+from pictures import coco_results, name_and_value, printable, read_picture, run_program, write_file  # noqa: E402
 
 try:
     from pycocotools.coco import COCO
@@ -173,10 +174,11 @@ class Record(msgspec.Struct):
             raise ValueError("a picture with neither detections nor an error, or with both")
 
 
-def describe_run(pair, annotations, folder):
+def describe_run(settings, annotations, folder):
     """Return the header of a partial file: what the results of all shards must have in common."""
     return {
-        "pair": pair,
+        "pair": settings.pair,
+        "settings": hashlib.sha256(write(settings).encode()).hexdigest(),  # --set changes them
         "annotations": hashlib.sha256(annotations.read_bytes()).hexdigest(),
         "folder": Path(os.path.abspath(folder)).name,  # not where it is: another machine may have it elsewhere
     }
@@ -192,7 +194,8 @@ def read_partial(path, header):
         found, records = dict(found), {msgspec.convert(record, Record).image_id: record for record in records}
     except (ValueError, TypeError, RecursionError, msgspec.ValidationError) as error:
         raise EvaluationError(f"{path} is damaged ({one_line(error)}): delete it") from error
-    for key, name in {"pair": "model", "annotations": "annotation file", "folder": "folder of pictures"}.items():
+    names = {"pair": "model", "settings": "--set", "annotations": "annotation file", "folder": "folder of pictures"}
+    for key, name in names.items():
         if found.get(key) != header[key]:
             raise EvaluationError(f"{path} belongs to another {name}: name that one, or another folder for --out")
     return records
@@ -351,6 +354,8 @@ def read_arguments(arguments):
         default=Path("output/evaluation"),
         help="folder for the results (default: output/evaluation)",
     )
+    add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[], type=name_and_value,
+        help="another value for a setting of the model, such as head.iou_threshold=0.6; may be repeated")  # fmt: skip
     add("--per-class", action="store_true", help="print the average precision of each class, too")
     add("--resume", action="store_true", help="go on with the run whose partial file is in --out, if there is one")
     parts = parser.add_mutually_exclusive_group()
@@ -367,12 +372,12 @@ def run(args):
     if not args.folder.is_dir():
         raise EvaluationError(f"{args.folder} is not a folder")
     images = [coco.imgs[image_id] for image_id in sorted(coco.imgs)]
-    detector = load(args.model)
+    detector = load(args.model, args.options)
     ids, kinds = category_ids(coco, detector.classes), kinds_of(coco, detector.settings)
     print(f"model: {args.model} ({len(ids)} classes), {len(images)} pictures in {args.annotations}")
     if len(coco.cats) > len(ids):
         print(f"{len(coco.cats) - len(ids)} categories that the model does not know are left out")
-    header = describe_run(detector.settings.pair, args.annotations, args.folder)
+    header = describe_run(detector.settings, args.annotations, args.folder)
     args.out.mkdir(parents=True, exist_ok=True)
     shard, shards = args.shard
     path = args.out / f"detections.{shard}-of-{shards}.jsonl"

@@ -1,8 +1,8 @@
-"""Draw Faster R-CNN at work on your picture: nine PNGs, from the arrays that the detector itself computes.
+"""Draw a detector at work on your picture: nine PNGs, from the arrays that the detector itself computes.
 
 python explain.py PICTURE      into the folder output/: 1_input.png to 9_result.png, and index.html with all of them
 
-A cascade adds a page, and so do masks and PointRend's points.
+A cascade adds a page, and so do masks and PointRend's points. One-stage detectors have six.
 
 Exit status: 0 all well, 2 nothing could be done, 130 interrupted.
 """
@@ -24,6 +24,7 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
 from detectors import ModelError, default_folder, load, one_line, rle  # noqa: E402
+from explain_one_stage import draw_candidates, draw_priors, draw_scores, maps_of_one_stage  # noqa: E402
 from explain_relatives import draw_cascade, draw_masks, draw_points  # noqa: E402
 from figures import (  # noqa: E402
     DPI,
@@ -32,11 +33,15 @@ from figures import (  # noqa: E402
     WIDTH,
     Page,
     add_score_bar,
-    colours_of_scores,
     draw_bars,
+    draw_before_and_after,
     draw_boxes,
     draw_zoom,
     empty_page,
+    extent_of,
+    level_names,
+    level_panels,
+    listed,
     mpl,
     new_figure,
     nothing,
@@ -70,6 +75,7 @@ class Pipeline:
 
     What a cascade does several times is in lists: `aligned`, `heads` and the `rois` that each head sees, one entry for
     each head; `mask_heads`, empty where there are no masks. RoI number i of every head comes from proposal number i.
+    Of a one-stage detector there are only `strides`, `anchors` and `scores`, a map for each level.
     """
 
     def __init__(self, detector, image):
@@ -79,12 +85,24 @@ class Pipeline:
         sure = self.detections.scores >= SHOWN_SCORE
         self.shown = np.flatnonzero(sure if sure.any() else ~sure)  # the detections that pages choose from
 
-        self.aligned, self.heads, self.mask_heads = map(self.stages, ("align", "model2", "mask"))
-        self.rois = [self.propose["proposals"], *(stage["rois"] for stage in self.stages("refine"))]
-        self.logits = sum(head["cls"] for head in self.heads) / np.float32(len(self.heads))  # what detect got
         names = drawable_names(detector.classes)
         self.classes = [name.replace("$", r"\$") for name in names]  # between two, matplotlib reads TeX
 
+        settings = self.settings.preprocess
+        pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings.std) + np.float32(settings.mean)
+        self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings.to_rgb else -1]
+        height, width = self.preprocess["image_size"]
+        self.resized = self.seen[:height, :width]
+        if hasattr(self, "propose"):
+            self.follow_two_stages()
+        else:
+            self.strides, self.anchors, self.scores = maps_of_one_stage(self)
+
+    def follow_two_stages(self):
+        """Find what is drawn of a two-stage detector."""
+        self.aligned, self.heads, self.mask_heads = map(self.stages, ("align", "model2", "mask"))
+        self.rois = [self.propose["proposals"], *(stage["rois"] for stage in self.stages("refine"))]
+        self.logits = sum(head["cls"] for head in self.heads) / np.float32(len(self.heads))  # what detect got
         self.strides = self.settings.proposals.anchors.strides
         self.cls, self.reg, self.features = (
             [self.model1[f"{kind}_{level}"][0] for level in range(len(self.strides))] for kind in ("cls", "reg", "feat")
@@ -94,12 +112,6 @@ class Pipeline:
         for level, (height, width) in enumerate(sizes):
             anchors = level_anchors(level, sizes, self.settings.proposals.anchors)
             self.anchors.append(anchors.reshape(height, width, -1, 4))
-
-        settings = self.settings.preprocess
-        pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings.std) + np.float32(settings.mean)
-        self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings.to_rgb else -1]
-        height, width = self.preprocess["image_size"]
-        self.resized = self.seen[:height, :width]
 
     def record(self, stage, **arrays):
         """Keep the arrays of a stage under its name."""
@@ -119,32 +131,7 @@ class Pipeline:
         return chosen[np.argsort(pairwise_iou(before, after).diagonal(), kind="stable")][:count]
 
 
-def listed(values):
-    """Return numbers as a text: "0.5, 1 and 2"."""
-    texts = [f"{value:,}" if isinstance(value, (int, np.integer)) else f"{value:g}" for value in values]
-    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
-
-
-def level_names(number):
-    """Return the names of so many levels as a text."""
-    return "level 0" if number == 1 else f"levels 0 to {number - 1}"
-
-
 # ---------------------------------------------------------------------- the nine pictures
-
-
-def level_panels(p, fade):
-    """Return a figure with the resized picture once for each level, and the levels' axes."""
-    levels = len(p.strides)
-    columns = min(levels, 3)
-    rows = -(-levels // columns)
-    figure = new_figure(panel_height(p.resized, columns, rows))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[levels:]:
-        axis.axis("off")
-    for axis in axes[:levels]:
-        show(axis, p.resized, fade=fade)
-    return figure, axes[:levels]
 
 
 def draw_input(p):
@@ -167,19 +154,27 @@ def draw_input(p):
     axis.set_xticks([0, width], ["0", f"{width}"])
     axis.set_yticks([0, height], ["0", f"{height}"])
     settings = p.settings.preprocess
-    hatched = f"; hatched: zeros, up to multiples of {settings.pad_divisor}" if p.seen.shape != p.resized.shape else ""
+    filler = "zeros" if settings.pad_value == 0 else f"pixels of {settings.pad_value:g}"
+    until = "up to a square" if settings.pad_to_square else f"up to multiples of {settings.pad_divisor}"
+    hatched = f"; hatched: {filler}, {until}" if p.seen.shape != p.resized.shape else ""
     axis.set_xlabel("shown before normalisation" + hatched)
     long_side, short_side = max(settings.scale), min(settings.scale)
     resized = f"to {width} x {height} pixels, whatever its shape"
     if settings.keep_ratio:
         resized = f"until its long side is {long_side} pixels or its short side {short_side}, whichever comes first"
     order = "Before that" if settings.normalize_first else "Then"
+    which = "first network" if hasattr(p, "propose") else "network"
     text = (
         f"The picture is resized {resized}. {order} it is normalised: from each channel its mean is subtracted "
-        f"({listed(settings.mean)}), and the rest is divided by its standard deviation ({listed(settings.std)}). Zeros "
-        f"on the right and at the bottom make both sides multiples of {settings.pad_divisor}, because the first "
-        "network halves the picture again and again."
+        f"({listed(settings.mean)}), and the rest is divided by its standard deviation ({listed(settings.std)}). "
     )
+    if settings.pad_to_square:
+        text += f"On the right or at the bottom, {filler} make it a square, which is what the {which} was trained on."
+    else:
+        text += (
+            f"{filler.capitalize()} on the right and at the bottom make both sides multiples of "
+            f"{settings.pad_divisor}, because the {which} halves the picture again and again."
+        )
     return Page("input", caption, text, "detectors.preprocess.preprocess", figure)
 
 
@@ -212,15 +207,6 @@ def draw_anchors(p):
     return Page("anchors", caption, text, functions, figure)
 
 
-def extent_of(anchors, stride):
-    """Return left, right, bottom and top of a map whose cells lie around the centres of their anchors [h, w, a, 4]."""
-    first, last = (anchors[i, i, 0].reshape(2, 2).mean(axis=0) for i in (0, -1))
-    cells = np.array(anchors.shape[1::-1])
-    half = np.where(cells > 1, (last - first) / np.maximum(cells - 1, 1), stride) / 2
-    (left, top), (right, bottom) = first - half, last + half
-    return left, right, bottom, top
-
-
 def draw_objectness(p):
     """Draw the RPN's scores of each level over the picture."""
     strides, softmax_of_two, maps = p.strides, p.settings.proposals.softmax, []
@@ -250,20 +236,7 @@ def draw_proposals(p, shown=60):
     stage = p.propose
     before, kept, after = (len(stage[name]) for name in ("candidates", "kept", "proposals"))
     caption = f"Proposals: {before:,} decoded anchors, {kept:,} kept by NMS, {after:,} go on"
-    figure = new_figure(panel_height(p.resized, 2))
-    left, right = axes = figure.subplots(1, 2)
-    drawn = [np.flatnonzero(stage["levels"] == level)[:shown] for level in range(len(p.strides))]
-    drawn = np.concatenate(drawn) if before else np.zeros(0, int)
-    drawn = drawn[np.argsort(stage["scores"][drawn], kind="stable")]  # the best on top
-    go_on, left_behind = (drawn[np.isin(drawn, part)] for part in (stage["kept"][:after], stage["kept"][after:]))
-    for axis, which, style in ((left, drawn, "solid"), (right, left_behind, "dotted"), (right, go_on, "solid")):
-        if not axis.images:
-            show(axis, p.resized, fade=0.5)
-        draw_boxes(axis, stage["candidates"][which], colours_of_scores(stage["scores"][which]), 1, style)
-    left.set_title(f"the best {shown} of each level: {len(drawn):,} boxes", fontsize=11)
-    dotted = f" ({len(left_behind)} of them, dotted, do not go on)" if len(left_behind) else ""
-    right.set_title(f"NMS keeps {len(go_on) + len(left_behind):,} of them{dotted}", fontsize=11)
-    add_score_bar(figure, list(axes), "objectness")
+    figure = draw_before_and_after(p.resized, stage["candidates"], stage, after, shown)
     functions = (
         "postprocess.propose, postprocess.top_k, postprocess.decode_boxes, postprocess.batched_nms, postprocess.nms"
     )
@@ -638,11 +611,21 @@ def resized_masks(masks, image):
 
 def pages_of(p):
     """Return the pages, numbered in the order of what happens."""
+    drawers = drawers_of_two_stages(p) if hasattr(p, "propose") else drawers_of_one_stage()
+    return [numbered(draw_page(p), number) for number, draw_page in enumerate(drawers, 1)]
+
+
+def drawers_of_one_stage():
+    """Return the functions that draw the pages of a one-stage detector."""
+    return [draw_input, draw_priors, draw_scores, draw_candidates, draw_nms, draw_result]
+
+
+def drawers_of_two_stages(p):
+    """Return the functions that draw the pages of a two-stage detector."""
     drawers = [draw_input, draw_anchors, draw_objectness, draw_proposals, draw_pyramid, draw_roi_align]
     drawers += [draw_cascade, draw_head, draw_nms] if len(p.heads) > 1 else [draw_head, draw_nms]
     drawers += [draw_points] if p.stages("subdivide") else []
-    drawers += [draw_masks, draw_result] if p.mask_heads else [draw_result]
-    return [numbered(draw_page(p), number) for number, draw_page in enumerate(drawers, 1)]
+    return drawers + ([draw_masks, draw_result] if p.mask_heads else [draw_result])
 
 
 STYLE = """body { font: 17px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -694,7 +677,7 @@ def main(arguments=None):
     )
     parser.add_argument("picture", metavar="PICTURE", help="a picture, preferably with a few objects")
     parser.add_argument("--model", metavar="DIR", type=Path, default=default_folder(),
-                        help="folder of model1.onnx and model2.onnx (default: as demo.py)")  # fmt: skip
+                        help="folder of an export (default: as demo.py)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("output"), help="folder (default: output)")
     args = parser.parse_args(arguments)
     try:

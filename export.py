@@ -34,10 +34,10 @@ try:
     import torch
 
     import sources
-    from detectors import ModelError, load, one_line, rle
+    from detectors import FIRST, ModelError, load, one_line, rle
     from detectors.preprocess import preprocess
     from detectors.settings import changed, write
-    from pictures import read_picture, run_program
+    from pictures import name_and_value, read_picture, run_program
 except ImportError as error:  # --help works all the same
     MISSING = error
 else:
@@ -102,15 +102,17 @@ def write_networks(source, folder, opset):
 # ---------------------------------------------------------------------- verify
 
 
-def replayed(array, axes, divisor):
+def replayed(array, axes, preprocess):
     """Return two inputs of different sizes for a network, made from the one that a picture gave.
 
-    array [N, C, H, W]; axes: those that are dynamic; divisor: of H and W.
+    array [N, C, H, W]; axes: those that are dynamic; preprocess: the settings that say which sizes pictures have.
     """
     if 3 not in axes:  # not a picture
         return [array[:7], array[:100]]
+    if preprocess.pad_to_square or not preprocess.keep_ratio:  # all pictures have the same size
+        return [np.concatenate([array[..., ::-1], array]), array]
     half = array[..., ::2, ::2].swapaxes(2, 3)  # upright where the first one lies
-    half = np.pad(half, [(0, 0), (0, 0), *[(0, -side % divisor) for side in half.shape[2:]]])
+    half = np.pad(half, [(0, 0), (0, 0), *[(0, -side % preprocess.pad_divisor) for side in half.shape[2:]]])
     return [np.ascontiguousarray(np.concatenate([half, half[..., ::-1]])), array]
 
 
@@ -137,7 +139,7 @@ def verify_outputs(source, detector, stages):
             raise sources.SourceError(
                 f"in this picture nothing reaches {name}, so it cannot be compared: name another --picture"
             )
-        inputs = replayed(array, axes, source.settings.preprocess.pad_divisor)
+        inputs = replayed(array, axes, source.settings.preprocess)
         rows = compare_outputs(network, detector.networks[name], inputs)
         for output, (shape, difference, magnitude) in zip(network.outputs, rows):
             equal = bool(difference < max(OUTPUT_TOLERANCE, RELATIVE_TOLERANCE * magnitude))
@@ -211,6 +213,9 @@ def export(source, out, opset, picture):
         preprocess(read_picture(picture), source.settings.preprocess)
     except (ValueError, MemoryError, cv2.error) as error:
         raise sources.SourceError(f"{picture}: {one_line(error)}") from error
+    others = [name for name in FIRST if name not in source.networks and (out / name).exists()]
+    if others:
+        raise sources.SourceError(f"{out} holds another export, with {others[0]}: name another folder with --out")
     if opset is not None and opset < source.opset:
         raise sources.SourceError(f"--opset {opset}: this detector has an operator of opset {source.opset}")
     if opset is None and source.opset > sources.OPSET:
@@ -240,8 +245,11 @@ def read_arguments(arguments):
         help="a file, the name of a config in MMDetection, or torchvision:BUILDER")  # fmt: skip
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="the .pth file with its weights")
     add("--classes", metavar="FILE", type=Path, help="names of the classes, one a line, instead of the checkpoint's")
-    add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[], type=name_and_value,
+    add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[],
+        type=None if MISSING else name_and_value,
         help="an argument of torchvision's builder, such as min_size=600; may be repeated")  # fmt: skip
+    add("--cfg-options", metavar="KEY=VALUE", nargs="+", default=[],
+        help="changes of MMDetection's config, such as model.test_cfg.rcnn.score_thr=0.1")  # fmt: skip
     add("--out", metavar="DIR", default=HERE / "ckpt", type=Path, help="folder for the networks (default: ckpt)")
     add("--opset", metavar="N", type=int, help="of ONNX (default: 13, or the first that has all operators)")
     add("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
@@ -249,14 +257,6 @@ def read_arguments(arguments):
     add("--trust-checkpoint", action="store_true",
         help="load a checkpoint that holds more than tensors; it can run any code")  # fmt: skip
     return parser.parse_intermixed_args(arguments)
-
-
-def name_and_value(text):
-    """Return the two parts of NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name.strip(), value.strip()
 
 
 def read_names(path):
@@ -278,7 +278,8 @@ def main(arguments=None):
     args = read_arguments(arguments)
     try:
         classes = read_names(args.classes) if args.classes else None
-        source = sources.load(args.config, args.checkpoint, args.trust_checkpoint, classes, args.options)
+        options = {"--set": args.options, "--cfg-options": args.cfg_options}
+        source = sources.load(args.config, args.checkpoint, args.trust_checkpoint, classes, options)
         return 0 if export(source, args.out, args.opset, args.picture) else 1
     except (sources.SourceError, ModelError, OSError) as error:
         print(f"export.py: {one_line(error)}", file=sys.stderr)

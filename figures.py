@@ -55,6 +55,64 @@ def show(axis, picture, title="", fade=0.0):
     axis.set_yticks([])
 
 
+def listed(values):
+    """Return numbers as a text: "0.5, 1 and 2"."""
+    texts = [f"{value:,}" if isinstance(value, (int, np.integer)) else f"{value:g}" for value in values]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def level_names(number):
+    """Return the names of so many levels as a text."""
+    return "level 0" if number == 1 else f"levels 0 to {number - 1}"
+
+
+def level_panels(p, fade):
+    """Return a figure with the resized picture once for each level, and the levels' axes."""
+    levels = len(p.strides)
+    columns = min(levels, 3)
+    rows = -(-levels // columns)
+    figure = new_figure(panel_height(p.resized, columns, rows))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[levels:]:
+        axis.axis("off")
+    for axis in axes[:levels]:
+        show(axis, p.resized, fade=fade)
+    return figure, axes[:levels]
+
+
+def extent_of(anchors, stride):
+    """Return left, right, bottom and top of a map whose cells lie around the centres of their anchors [h, w, a, 4]."""
+    first, last = (anchors[i, i, 0].reshape(2, 2).mean(axis=0) for i in (0, -1))
+    cells = np.array(anchors.shape[1::-1])
+    half = np.where(cells > 1, (last - first) / np.maximum(cells - 1, 1), stride) / 2
+    (left, top), (right, bottom) = first - half, last + half
+    return left, right, bottom, top
+
+
+def draw_before_and_after(picture, boxes, stage, after, shown, label="objectness"):
+    """Return a figure with the best boxes of each level before and after NMS.
+
+    boxes [n, 4], of which `after` go on; stage: what was recorded, with their scores, levels, and which NMS kept.
+    """
+    scores, levels, kept = stage["scores"], stage["levels"], stage["kept"]
+    figure = new_figure(panel_height(picture, 2))
+    left, right = axes = figure.subplots(1, 2)
+    drawn = [np.flatnonzero(levels == level) for level in range(max(levels, default=-1) + 1)]
+    drawn = [here[np.argsort(-scores[here], kind="stable")][:shown] for here in drawn]
+    drawn = np.concatenate([*drawn, np.zeros(0, int)])
+    drawn = drawn[np.argsort(scores[drawn], kind="stable")]  # the best on top
+    go_on, left_behind = (drawn[np.isin(drawn, part)] for part in (kept[:after], kept[after:]))
+    for axis, which, style in ((left, drawn, "solid"), (right, left_behind, "dotted"), (right, go_on, "solid")):
+        if not axis.images:
+            show(axis, picture, fade=0.5)
+        draw_boxes(axis, boxes[which], colours_of_scores(scores[which]), 1, style)
+    left.set_title(f"the best {shown} of each level: {len(drawn):,} boxes", fontsize=11)
+    dotted = f" ({len(left_behind)} of them, dotted, do not go on)" if len(left_behind) else ""
+    right.set_title(f"NMS keeps {len(go_on) + len(left_behind):,} of them{dotted}", fontsize=11)
+    add_score_bar(figure, list(axes), label)
+    return figure
+
+
 def draw_zoom(axis, picture, boxes, title):
     """Show the part of a picture around boxes [n, 4]."""
     height, width = picture.shape[:2]

@@ -1,5 +1,6 @@
 """What the programs share: find, read and draw pictures, write files, and end with an exit status."""
 
+import argparse
 import glob
 import os
 import secrets
@@ -213,7 +214,15 @@ def write_file(path, data):
         partial.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------- end
+# ---------------------------------------------------------------------- start and end of a program
+
+
+def name_and_value(text):
+    """Return the two parts of NAME=VALUE on a command line."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name.strip(), value.strip()
 
 
 def run_program(main):

@@ -67,18 +67,23 @@ def grid_anchors(base, feature_size, stride, indices=None):
 
 
 def level_anchors(level, feature_sizes, settings, indices=None):
-    """Return the anchors of a level, as grid_anchors does, given the (height, width) of every level's map.
+    """Return the anchors of a level, as grid_anchors does, given the (height, width) of every level's map."""
+    base = base_anchors(settings.base_sizes[level], settings.scales, settings.ratios, settings.center_offset)
+    base = base.round() if settings.rounded else base
+    return grid_anchors(base, feature_sizes[level], map_stride(level, feature_sizes, settings), indices)
+
+
+def map_stride(level, feature_sizes, settings):
+    """Return the stride of a level, one number or four along x, y, x, y, given the size of every level's map.
 
     Mostly the stride is the one that the level was designed with. With `strides_of_maps` it is how often the map's
     side goes into the input's, which is less where a map was rounded up: 61, not 64, for an input of 800 and a map
     of 13. The finest map, which divides the input exactly, tells the input's size.
     """
-    base = base_anchors(settings.base_sizes[level], settings.scales, settings.ratios, settings.center_offset)
-    stride, feature_size = settings.strides[level], feature_sizes[level]
-    if settings.strides_of_maps:
-        stride_y, stride_x = np.array(feature_sizes[0]) * settings.strides[0] // feature_size
-        stride = [stride_x, stride_y, stride_x, stride_y]
-    return grid_anchors(base.round() if settings.rounded else base, feature_size, stride, indices)
+    if not settings.strides_of_maps:
+        return settings.strides[level]
+    stride_y, stride_x = np.array(feature_sizes[0]) * settings.strides[0] // feature_sizes[level]
+    return [stride_x, stride_y, stride_x, stride_y]
 
 
 def decode_boxes(boxes, deltas, settings, image_size=None):

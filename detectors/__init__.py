@@ -4,13 +4,16 @@ from pathlib import Path
 
 from detectors.cascade_rcnn import CascadeRCNN
 from detectors.faster_rcnn import FasterRCNN
+from detectors.fcos import FCOS
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from detectors.networks import ModelError, Network, one_line
 from detectors.point_rend import PointRend
-from detectors.settings import FORMAT, Header, SettingsError, read
+from detectors.retina_net import RetinaNet
+from detectors.settings import FORMAT, Header, SettingsError, read, with_option
+from detectors.yolo import YOLO
 from postprocess import Detections
 
-__all__ = ["BUNDLED", "Detections", "ModelError", "default_folder", "load", "one_line"]
+__all__ = ["BUNDLED", "FIRST", "Detections", "ModelError", "default_folder", "load", "one_line"]
 
 FAMILIES = {
     "faster_rcnn": FasterRCNN,
@@ -18,20 +21,27 @@ FAMILIES = {
     "mask_rcnn": MaskRCNN,
     "cascade_mask_rcnn": CascadeMaskRCNN,
     "point_rend": PointRend,
+    "retina_net": RetinaNet,
+    "fcos": FCOS,
+    "yolo": YOLO,
 }
+FIRST = ("model1.onnx", "model.onnx")  # the files that take the picture: of two stages, and of one
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 BUNDLED = CKPT / "shapes"
 
 
 def default_folder():
     """Return the folder that export.py writes to, if an export is there, else the bundled one."""
-    return CKPT if (CKPT / "model1.onnx").exists() else BUNDLED
+    return CKPT if any((CKPT / name).exists() for name in FIRST) else BUNDLED
 
 
-def load(folder):
-    """Return the detector whose export is in a folder; ModelError if there is none, or if it cannot run."""
+def load(folder, options=()):
+    """Return the detector whose export is in a folder; ModelError if there is none, or if it cannot run.
+
+    options: (name, value as text) of settings that shall have other values than in the files, see CHANGEABLE.
+    """
     folder = Path(folder)
-    first = Network(folder / "model1.onnx")
+    first = Network(folder / first_file(folder))
     family, settings = read_metadata(first)
     tensors, sizes = family.tensors(settings), {}
     if set(settings.networks) != set(tensors):
@@ -44,7 +54,20 @@ def load(folder):
         raise ModelError(f"{' and '.join(networks)} in {folder} come from different exports: export again")
     for name, expected in tensors.items():
         networks[name].expect(expected, sizes)
+    for name, text in options:
+        try:
+            settings = with_option(settings, name, text)
+        except SettingsError as error:
+            raise ModelError(f"--set {error}") from error
     return family(settings, networks)
+
+
+def first_file(folder):
+    """Return the name of the file in a folder that takes the picture; ModelError if there are two."""
+    found = [name for name in FIRST if (folder / name).exists()]
+    if len(found) > 1:
+        raise ModelError(f"{folder} holds two exports, {' and '.join(found)}: move one to a folder of its own")
+    return (found or FIRST)[0]
 
 
 def read_metadata(network):

@@ -9,7 +9,7 @@ import numpy as np
 class Picture(NamedTuple):
     """A picture, prepared for a network."""
 
-    blob: np.ndarray  # [1, 3, H, W] float32, zeros to the right of the picture and below it
+    blob: np.ndarray  # [1, 3, H, W] float32, padded to the right of the picture and below it
     image_size: Tuple[int, int]  # height and width of the picture in it
     scale_factor: np.ndarray  # [4] float32, by which x, y, x, y were multiplied
     original_size: Tuple[int, int]  # height and width of the picture as it came in
@@ -38,8 +38,9 @@ def preprocess(image, settings):
     resize = normalize_and_resize if settings.normalize_first else resize_and_normalize
     image = resize(image, size, settings.mean[order], settings.std[order])[..., order]
 
-    padded = [-(-side // settings.pad_divisor) * settings.pad_divisor for side in image.shape[:2]]
-    blob = np.zeros((1, 3, *padded), np.float32)
+    sides = [max(image.shape[:2])] * 2 if settings.pad_to_square else image.shape[:2]
+    padded = [-(-side // settings.pad_divisor) * settings.pad_divisor for side in sides]
+    blob = np.full((1, 3, *padded), settings.pad_value, np.float32)
     blob[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
     return Picture(blob, image.shape[:2], scale_factor, (height, width))
 

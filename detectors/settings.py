@@ -13,11 +13,13 @@ FORMAT = 2  # of the metadata
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Positive = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
-Points = Annotated[int, msgspec.Meta(ge=0, le=1000)]
+Natural = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 # Control characters would break a line or a terminal; lone surrogates crash OpenCV.
 Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*\Z")]
 FourNumbers = Tuple[Number, Number, Number, Number]
+Boxes = Annotated[Tuple[FourNumbers, ...], msgspec.Meta(min_length=1)]
 Counts = Annotated[Tuple[Count, ...], msgspec.Meta(min_length=1)]
 Positives = Annotated[Tuple[Positive, ...], msgspec.Meta(min_length=1)]
 
@@ -42,7 +44,9 @@ class Preprocess(Settings, kw_only=True):
     mean: Tuple[Number, Number, Number]  # of each channel, 0 to 255: subtracted, then divided by std
     std: Tuple[Positive, Positive, Positive]
     to_rgb: bool  # the network takes red first; OpenCV reads blue first
-    pad_divisor: Count  # height and width are padded with zeros to multiples of it
+    pad_divisor: Count  # height and width are padded to multiples of it
+    pad_to_square: bool = False  # both are padded to the longer one first
+    pad_value: Number = 0  # what the network takes there
 
 
 class Anchors(Settings, kw_only=True):
@@ -70,17 +74,25 @@ class Coder(Settings, kw_only=True):
     shrinks_freely: bool = False  # a box may become as small as its deltas say; False: 16/1000 of it at least
 
 
-class Stage(Coder, kw_only=True):
-    """What both stages do with boxes: move them, drop the poor ones, run NMS, keep the best."""
+class Suppression(Settings, kw_only=True):
+    """What all stages do with boxes once they have them: drop the poor ones, run NMS, keep the best."""
 
-    min_bbox_size: Number = -1  # boxes with a side that is not longer are dropped; below 0: none are
     score_threshold: Number = -1  # boxes are dropped unless their score is above it
-    iou_threshold: Number  # of NMS, level by level (proposals) or class by class (detections)
+    iou_threshold: Share  # of NMS, level by level (proposals) or class by class (detections)
     nms_class_agnostic: bool = False  # NMS runs over the boxes of all classes together
-    nms_first_group: Points = 0  # what NMS calls the first level or class, see moved_apart
+    nms_first_group: Natural = 0  # what NMS calls the first level or class, see moved_apart
     nms_moved_up_to: Optional[Count] = None  # they are moved apart for no more boxes than this; None: always
     soft_min_score: Optional[Number] = None  # Soft-NMS: below it a box is removed
     max_per_img: Count  # at most this many boxes are kept, the best
+
+
+class Stage(Suppression, kw_only=True):
+    """What both stages of a two-stage detector do with boxes: move them first, and drop those that are too small."""
+
+    means: FourNumbers  # these three: as in Coder
+    stds: FourNumbers
+    shrinks_freely: bool = False
+    min_bbox_size: Number = -1  # boxes with a side that is not longer are dropped; below 0: none are
 
 
 class Proposals(Stage, kw_only=True):
@@ -98,7 +110,7 @@ class RoIs(Settings, kw_only=True):
     strides: Counts  # of the levels that RoIs read, the finest first
     finest_scale: Positive  # RoIs below twice this size read the finest level
     output_size: Count  # bins per side
-    sampling_ratio: Points  # of a bin along each axis; 0: its length in cells, rounded up
+    sampling_ratio: Natural  # of a bin along each axis; 0: its length in cells, rounded up
     aligned: bool  # a cell's value stands at its centre (False: at its corner, as before Detectron2)
 
 
@@ -131,6 +143,51 @@ class Points(Settings, kw_only=True):
 
     steps: Count  # how often a mask is doubled
     num_points: Count  # how many of its points are predicted anew each time
+
+
+class CellAnchors(Settings, kw_only=True):
+    """The anchors of a one-stage detector; strides and boxes are one per level, the finest first."""
+
+    strides: Counts  # distance between two neighbouring cells
+    boxes: Annotated[Tuple[Boxes, ...], msgspec.Meta(min_length=1)]  # the anchors of the first cell, in the upper left
+    strides_of_maps: bool = False  # cells are as far apart as their map's side divides the input's, see map_stride
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        if len(self.boxes) != len(self.strides):
+            raise ValueError(f"{len(self.strides)} strides, but {len(self.boxes)} lists of boxes")
+
+
+class CellPoints(Settings, kw_only=True):
+    """The points of a one-stage detector without anchors, one in every cell; level by level, the finest first."""
+
+    strides: Counts  # distance between two neighbouring points
+    offset: Number  # from a cell's upper left corner to its point, in strides
+    units: Positives  # how many pixels a distance of 1 is
+    exponential: bool = False  # the network predicts the distances' logarithms
+    bins: Natural = 0  # a distance is the mean of a distribution over 0, 1, ... bins - 1; 0: it is predicted as such
+    last_pixel: bool = False  # boxes end at the centres of the last pixels, not at the picture's border
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        if len(self.units) != len(self.strides):
+            raise ValueError(f"{len(self.strides)} strides, but {len(self.units)} units")
+
+
+class Dense(Suppression, kw_only=True):
+    """From the maps of a one-stage detector to detections."""
+
+    score_threshold: Number  # a class is dropped unless its score is above it
+    nms_pre: int  # how many candidates of each level are decoded, best first; below 1: all
+    softmax: bool = False  # the classes and the background, the last, compete; False: each class has its own sigmoid
+    one_class: bool = False  # a prior is a candidate for its best class alone
+    factor: Text = ""  # the name of a map whose sigmoid is a factor of all classes' scores, such as centerness
+    combined: Literal["last", "product", "root"] = "last"  # score and factor: "last" multiplies what was chosen by the
+    # score alone; for the others, the product or its root is the score from the beginning
+    factor_threshold: Number = -1  # a prior is dropped unless its factor is above it
+    max_per_img: Optional[Count] = None  # at most this many boxes are kept, the best; None: all
+    nms_resized: bool = False  # NMS sees boxes in pixels of the resized picture; False: of the picture as it came in
+    multiplied_back: bool = False  # boxes are multiplied by original / resized size; False: divided, see rescale
 
 
 class Export(Settings, kw_only=True, omit_defaults=False):
@@ -202,6 +259,33 @@ class CascadeMaskRCNNSettings(CascadeRCNNSettings, kw_only=True):
         check_levels(self.masks.rois, self.proposals.anchors)
 
 
+class RetinaNetSettings(Export, kw_only=True):
+    """What the network of a one-stage detector with anchors cannot know."""
+
+    type: Literal["retina_net"] = "retina_net"
+    anchors: CellAnchors
+    deltas: Coder
+    max_shift: Optional[Positive] = None  # a box's centre moves no further, along each axis; None: as far as it may
+    head: Dense
+
+
+class FCOSSettings(Export, kw_only=True):
+    """What the network of a one-stage detector without anchors cannot know."""
+
+    type: Literal["fcos"] = "fcos"
+    points: CellPoints
+    head: Dense
+
+
+class YOLOSettings(Export, kw_only=True):
+    """What the network of a YOLO cannot know."""
+
+    type: Literal["yolo"] = "yolo"
+    anchors: CellAnchors
+    within_cell: bool  # a box's centre is in its cell: a sigmoid says where; False: it moves by any number of strides
+    head: Dense
+
+
 class SettingsError(ValueError):
     """A value does not fit; the message names it and says why."""
 
@@ -228,6 +312,36 @@ def write(settings):
         raise SettingsError(str(error)) from error
     read(text, type(settings))
     return text.decode()
+
+
+# What can be changed after an export: everything else is built into the networks, or was fixed when they were trained.
+CHANGEABLE = {
+    "scale", "nms_pre", "min_bbox_size", "score_threshold", "iou_threshold", "nms_class_agnostic", "soft_min_score",
+    "max_per_img", "threshold",
+}  # fmt: skip
+
+
+def changeable(settings, prefix=""):
+    """Return the names of the settings that can be changed, with dots: "head.score_threshold"."""
+    names = []
+    for field in settings.__struct_fields__:
+        value = getattr(settings, field)
+        if isinstance(value, Settings):
+            names += changeable(value, f"{prefix}{field}.")
+        elif field in CHANGEABLE:
+            names.append(f"{prefix}{field}")
+    return names
+
+
+def with_option(settings, name, text):
+    """Return the settings with another value for one that can be changed, given as JSON; else SettingsError."""
+    if name not in changeable(settings):
+        raise SettingsError(f"{name} cannot be set; these can: {', '.join(changeable(settings))}")
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise SettingsError(f"{name}={text}: not a number, true, false, null, or numbers as in [1, 2]") from error
+    return read(write(changed(settings, name, value)), type(settings))
 
 
 def changed(settings, name, value):

@@ -32,19 +32,23 @@ class Source(NamedTuple):
 TORCHVISION = "torchvision:"  # before the name of a builder
 
 
-def load(config=None, checkpoint=None, trust=False, classes=None, options=()):
+def load(config=None, checkpoint=None, trust=False, classes=None, options=None):
     """Return the Source of a detector; SourceError if it cannot be exported.
 
     config: a file or a name that MMDetection knows, or torchvision:BUILDER; without it, MMDetection's Faster R-CNN
     R50-FPN 1x COCO. trust: the checkpoint may hold more than tensors and plain values, and run code when it is loaded.
-    classes: their names, instead of the checkpoint's. options: (name, value as text), what the framework lets one set.
+    classes: their names, instead of the checkpoint's. options: by the name of the option on the command line, what the
+    framework lets one set: "--set" of torchvision (name, value as text), "--cfg-options" of MMDetection KEY=VALUE.
     """
     if config and config.startswith(TORCHVISION):
-        name, extra, config = "torchvision", "torchvision", config[len(TORCHVISION) :]
+        name, extra, option, config = "torchvision", "torchvision", "--set", config[len(TORCHVISION) :]
     else:
-        name, extra = "mmdetection", "export"
+        name, extra, option = "mmdetection", "export", "--cfg-options"
+    foreign = [other for other, values in (options or {}).items() if values and other != option]
+    if foreign:
+        raise SourceError(f"{foreign[0]} is not for {name}: use {option}")
     try:
         framework = importlib.import_module(f"sources.{name}")
     except ImportError as error:
         raise SourceError(f"{error}: {name} is needed: uv run --extra {extra} export.py") from error
-    return framework.load(config, checkpoint, trust, classes, options)
+    return framework.load(config, checkpoint, trust, classes, (options or {}).get(option, ()))

@@ -1,10 +1,13 @@
-"""MMDetection 2.28: its two-stage detectors as the networks and the settings of an export.
+"""MMDetection 2.28: its detectors as the networks and the settings of an export.
 
 What would be computed differently is refused by its name in the config.
 """
 
+import argparse
+import functools
 import hashlib
 import inspect
+import itertools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -18,6 +21,7 @@ from mmdet.apis import inference_detector
 from mmdet.datasets import DATASETS
 from mmdet.models import build_detector
 from mmdet.models.backbones.swin import ShiftWindowMSA
+from mmdet.models.dense_heads.anchor_free_head import AnchorFreeHead
 from mmdet.models.necks import BFP
 
 from detectors import Detections, one_line, rle
@@ -25,7 +29,12 @@ from detectors.settings import (
     Anchors,
     CascadeMaskRCNNSettings,
     CascadeRCNNSettings,
+    CellAnchors,
+    CellPoints,
+    Coder,
+    Dense,
     FasterRCNNSettings,
+    FCOSSettings,
     Head,
     MaskRCNNSettings,
     Masks,
@@ -34,8 +43,10 @@ from detectors.settings import (
     Preprocess,
     Proposals,
     Refinement,
+    RetinaNetSettings,
     RoIs,
     SettingsError,
+    YOLOSettings,
     read,
     write,
 )
@@ -51,7 +62,11 @@ DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{DEFAULT_CONFIG}/{DEFAULT_CHECKPOINT}"
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 # What a config may call its model.
-DETECTORS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN")
+DETECTORS = (
+    "FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN",
+    "RetinaNet", "ATSS", "FSAF", "FCOS", "FOVEA", "GFL", "VFNet", "AutoAssign", "RepPointsDetector", "DDOD", "NASFCOS",
+    "SingleStageDetector", "YOLOF", "YOLOV3", "YOLOX",
+)  # fmt: skip
 FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     (): FasterRCNNSettings,
     ("refinements",): CascadeRCNNSettings,
@@ -59,28 +74,41 @@ FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     ("refinements", "masks"): CascadeMaskRCNNSettings,
     ("masks", "points"): PointRendSettings,
 }
+IMAGE_AXES = {0: "N", 2: "H", 3: "W"}  # of a picture, those that are dynamic
+FACTORS = {  # what the heads of one-stage detectors predict beside cls and reg
+    "ATSSHead": "centerness",
+    "DDODHead": "iou",
+    "FCOSHead": "centerness",
+    "NASFCOSHead": "centerness",
+    "AutoAssignHead": "objectness",
+    **dict.fromkeys(("YOLOV3Head", "YOLOXHead"), "objectness"),
+}
+ANCHOR_HEADS = ("RetinaHead", "RetinaSepBNHead", "FreeAnchorRetinaHead", "PISARetinaHead", "ATSSHead", "DDODHead",
+                "SSDHead", "PISASSDHead", "YOLOFHead")  # fmt: skip
+YOLO_HEADS = ("YOLOV3Head", "YOLOXHead")
+POINT_HEADS = ("FCOSHead", "NASFCOSHead", "VFNetHead", "AutoAssignHead", "RepPointsHead", "FoveaHead", "FSAFHead",
+               "GFLHead")  # fmt: skip
 
 
 def load(config, checkpoint, trust=False, names=None, options=()):
     """Return the Source of a config's detector with a checkpoint's weights; without both, of the default.
 
-    names: of the classes, instead of the checkpoint's. There are no options: the config says everything.
+    names: of the classes, instead of the checkpoint's. options: changes KEY=VALUE of the config.
     """
-    if options:
-        raise SourceError(f"--set {options[0][0]}: for torchvision only; MMDetection's settings are in the config")
     if config and checkpoint is None:
         raise SourceError(f"{config}: its checkpoint is missing: CONFIG and CHECKPOINT go together")
     path = find_config(config or DEFAULT_CONFIG)
     if checkpoint is None:
         checkpoint = CKPT / DEFAULT_CHECKPOINT
         fetch(CHECKPOINT_URL, checkpoint)
-    return as_source(load_detector(path, checkpoint, trust, names), path, checkpoint)
+    return as_source(load_detector(path, checkpoint, trust, names, options), path, checkpoint, options)
 
 
-def as_source(detector, config, checkpoint):
+def as_source(detector, config, checkpoint, changes=()):
     """Return the Source of a detector that load_detector returned."""
     origin = {
         "config": Path(config).name,
+        **({"cfg_options": list(changes)} if changes else {}),
         "checkpoint": Path(checkpoint).name,
         "sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
         "versions": {module.__name__: str(module.__version__) for module in (mmdet, mmcv, torch)},
@@ -140,17 +168,78 @@ class PointHead(torch.nn.Module):
         return (self.head(fine, coarse).transpose(1, 2),)
 
 
+def box_head(detector):
+    """Return the head that says what things are, or those of a cascade's stages."""
+    return detector.roi_head.bbox_head if hasattr(detector, "roi_head") else detector.bbox_head
+
+
 def stages(part):
     """Return the parts of a cascade's stages as a list; of other detectors, there is one."""
     return list(part) if isinstance(part, torch.nn.ModuleList) else [part]
 
 
+class DenseHead(torch.nn.Module):
+    """image [N, 3, H, W] -> a one-stage detector's maps: cls, reg and any factor of every level, the finest first."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+        self.eval()
+
+    def forward(self, image):
+        """Return cls_0.., reg_0.. and, where there is one, the factor's maps as one tuple."""
+        head, features = self.detector.bbox_head, self.detector.extract_feat(image)
+        if type(head).__name__ == "FCOSHead":
+            cls, reg, *factor = zip(*map(functools.partial(fcos_maps, head), features, head.scales))
+        elif type(head).__name__ == "YOLOV3Head":
+            cls, reg, *factor = zip(*map(functools.partial(yolo_maps, head), head(features)[0][::-1]))
+        else:
+            cls, reg, *factor = head(features)
+        to_distances = TO_DISTANCES.get(type(head).__name__, lambda reg, stride: reg)
+        reg = [to_distances(values, stride) for values, (stride, _) in zip(reg, head.prior_generator.strides)]
+        return (*cls, *reg, *itertools.chain(*factor))
+
+
+def fcos_maps(head, features, scale):
+    """Return cls, reg and centerness of one level; MMDetection's head would return e to the power of reg, in pixels."""
+    cls, reg, cls_features, reg_features = AnchorFreeHead.forward_single(head, features)
+    reg = scale(reg).clamp(min=0) if head.norm_on_bbox else scale(reg)
+    return cls, reg, head.conv_centerness(reg_features if head.centerness_on_reg else cls_features)
+
+
+def yolo_maps(head, values):
+    """Return cls, reg and objectness of one level of YOLOv3, which are one map: for each anchor reg first, cls last."""
+    channels = torch.arange(values.shape[1]).view(-1, head.num_attrib)
+    return tuple(values[:, part.flatten()] for part in (channels[:, 5:], channels[:, :4], channels[:, 4]))
+
+
+TO_DISTANCES = {  # what heads return as reg [N, 4, H, W] -> to the left, upper, right and lower side, mostly in strides
+    "FSAFHead": lambda reg, stride: reg[:, [2, 0, 3, 1]],  # of anchors; the upper side comes first, then the lower one
+    "RepPointsHead": lambda reg, stride: torch.cat([-reg[:, :2], reg[:, 2:]], dim=1),  # where the corners are
+    **dict.fromkeys(["VFNetHead", "AutoAssignHead", "NASFCOSHead"], lambda reg, stride: reg / stride),
+}
+
+
 def networks(detector):
+    """Return the networks by the names of their files."""
+    return (networks_of_two_stages if hasattr(detector, "roi_head") else networks_of_one_stage)(detector)
+
+
+def networks_of_one_stage(detector):
+    """Return the network by the name of its file."""
+    head, preprocess = detector.bbox_head, describe_preprocessing(detector.cfg)
+    kinds = ["cls", "reg", *filter(None, [FACTORS.get(type(head).__name__)])]
+    levels = range(len(head.prior_generator.strides))
+    maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in kinds for i in levels}
+    size = (256, 320) if preprocess.keep_ratio else preprocess.scale[::-1]  # SSD's maps would vanish
+    return {"model.onnx": Network(DenseHead(detector), torch.randn(1, 3, *size), {"image": IMAGE_AXES}, maps)}
+
+
+def networks_of_two_stages(detector):
     """Return the networks by the names of their files."""
     levels = range(len(detector.rpn_head.prior_generator.strides))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
-    image = torch.randn(1, 3, 256, 320)
-    files = {"model1.onnx": Network(Model1(detector), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps)}
+    files = {"model1.onnx": Network(Model1(detector), torch.randn(1, 3, 256, 320), {"image": IMAGE_AXES}, maps)}
     roi_head = detector.roi_head
     files.update(networks_of_heads("model2", roi_head, roi_head.bbox_head, roi_head.bbox_roi_extractor, ("cls", "reg")))
     if roi_head.with_mask:
@@ -244,12 +333,25 @@ def class_names(cfg, checkpoint, num_classes, names=None):
     return names
 
 
-def load_detector(config, checkpoint_path, trust=False, names=None):
-    """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
+def read_config(path, changes=()):
+    """Return the config in a file, with changes KEY=VALUE in the syntax of MMDetection's own programs."""
     try:
-        cfg = mmcv.Config.fromfile(str(config))
+        cfg = mmcv.Config.fromfile(str(path))
     except (Exception, SystemExit) as error:  # a config is Python: anything can be wrong with it
-        raise SourceError(f"{config} cannot be read: {one_line(error) or type(error).__name__}") from error
+        raise SourceError(f"{path} cannot be read: {one_line(error) or type(error).__name__}") from error
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--cfg-options", nargs="*", action=mmcv.DictAction)
+    for change in changes:
+        try:
+            cfg.merge_from_dict(parser.parse_args(["--cfg-options", change]).cfg_options)
+        except Exception as error:  # mmcv's own are of many kinds
+            raise SourceError(f"--cfg-options {change}: {one_line(error)}") from error
+    return cfg
+
+
+def load_detector(config, checkpoint_path, trust=False, names=None, changes=()):
+    """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
+    cfg = read_config(config, changes)
     model = cfg.get("model") or {}
     found = model.get("type") if isinstance(model, dict) else model
     if found not in DETECTORS:
@@ -268,7 +370,7 @@ def load_detector(config, checkpoint_path, trust=False, names=None):
         describe_preprocessing(cfg)  # refuses what does not fit before the work begins
         checkpoint = load_checkpoint(checkpoint_path, trust)
         load_weights(detector, weights_in(checkpoint), checkpoint_path)
-        detector.CLASSES = class_names(cfg, checkpoint, stages(detector.roi_head.bbox_head)[-1].num_classes, names)
+        detector.CLASSES = class_names(cfg, checkpoint, stages(box_head(detector))[-1].num_classes, names)
         detector.cfg = cfg
         describe(detector, {})
     except (AttributeError, KeyError, TypeError) as error:
@@ -296,6 +398,34 @@ def replace_sync_norms(cfg):
 
 def check_supported(detector):
     """Refuse, by its name in the config, every part that an export would compute differently."""
+    if hasattr(detector, "roi_head"):
+        check_two_stages(detector)
+    else:
+        check_one_stage(detector)
+    check_operators(detector)
+
+
+def check_one_stage(detector):
+    """Refuse the parts of a one-stage detector that an export would compute differently."""
+    head = detector.bbox_head
+    check_types(detector, {"bbox_head": (*ANCHOR_HEADS, *POINT_HEADS, *YOLO_HEADS)})
+    if type(head).__name__ in ANCHOR_HEADS:
+        check_types(detector, {
+            "bbox_head.prior_generator": ("AnchorGenerator", "SSDAnchorGenerator"),
+            "bbox_head.bbox_coder": ("DeltaXYWHBBoxCoder",),
+        })  # fmt: skip
+    elif type(head).__name__ in POINT_HEADS:
+        describe_points_of_cells(detector)  # refuses what does not fit before the work begins
+    if type(head).__name__ not in YOLO_HEADS:
+        check_values(detector, {"bbox_head.bbox_coder.clip_border": True})
+        if "nms_pre" not in detector.test_cfg:
+            raise SourceError("model.test_cfg needs nms_pre")
+    check_sides("bbox_head.anchor_generator.strides", head.prior_generator.strides)
+    check_test_cfg("model.test_cfg", detector.test_cfg, soft=True)
+
+
+def check_two_stages(detector):
+    """Refuse the parts of a two-stage detector that an export would compute differently."""
     check_types(detector, {
         "rpn_head": ("RPNHead",),
         "rpn_head.prior_generator": ("AnchorGenerator",),
@@ -327,11 +457,10 @@ def check_supported(detector):
         **dict.fromkeys([f"{name}.clip_border" for name in coders], True),
         **dict.fromkeys([f"{name}.add_ctr_clamp" for name in coders], False),
     })  # fmt: skip
-    check_operators(detector)
     check_square(detector, extractors)
     check_stages(detector.roi_head)
     for name in ("rpn", "rcnn"):
-        check_test_cfg(name, detector.test_cfg[name])
+        check_test_cfg(f"model.test_cfg.{name}", detector.test_cfg[name], soft=name == "rcnn")
 
 
 def check_scores(detector, heads):
@@ -408,13 +537,16 @@ def check_operators(detector):
 
 def check_square(detector, extractors):
     """Refuse strides and RoIAlign outputs whose width and height differ; extractors: the names of those that pool."""
-    pairs = {"rpn_head.anchor_generator.strides": detector.rpn_head.prior_generator.strides}
+    check_sides("rpn_head.anchor_generator.strides", detector.rpn_head.prior_generator.strides)
     for name in extractors:
         sizes = [layer.output_size for layer in find_part(detector, name).roi_layers]
-        pairs[f"{name}.roi_layer.output_size"] = sizes
-    for name, sizes in pairs.items():
-        if any(first != second for first, second in sizes):
-            raise SourceError(f"model.{name} is {sizes}, whose sides differ: this cannot be exported")
+        check_sides(f"{name}.roi_layer.output_size", sizes)
+
+
+def check_sides(name, sizes):
+    """Refuse sizes (width, height) of which one is not that of a square."""
+    if any(first != second for first, second in sizes):
+        raise SourceError(f"model.{name} is {sizes}, whose sides differ: this cannot be exported")
 
 
 def check_stages(roi_head):
@@ -429,18 +561,21 @@ def check_stages(roi_head):
             raise SourceError(f"model.roi_head.{name} differs from stage to stage: this cannot be exported")
 
 
-def check_test_cfg(name, cfg):
-    """Refuse an NMS with options that are not known here, and a missing threshold or limit."""
+def check_test_cfg(name, cfg, soft):
+    """Refuse an NMS with options that are not known here, and a missing threshold or limit.
+
+    soft: it may be Soft-NMS, or one over all classes together.
+    """
     known = {"type": ("nms",), "iou_threshold": None, "split_thr": None}  # None: any value
-    if name == "rcnn":
+    if soft:
         known.update(type=("nms", "soft_nms"), class_agnostic=(True, False), min_score=None, method=("linear",))
     if cfg.nms.get("type") == "soft_nms" or cfg.nms.get("class_agnostic"):
         known["split_thr"] = (NMS_SPLIT,)
     for option, value in cfg.nms.items():
         if option not in known or value is None or (known[option] is not None and value not in known[option]):
-            raise SourceError(f"model.test_cfg.{name}.nms has {option}={value!r}, which cannot be exported")
-    if "iou_threshold" not in cfg.nms or cfg.max_per_img <= 0:
-        raise SourceError(f"model.test_cfg.{name} needs nms.iou_threshold, and a max_per_img above 0")
+            raise SourceError(f"{name}.nms has {option}={value!r}, which cannot be exported")
+    if "iou_threshold" not in cfg.nms or cfg.get("max_per_img", 1) <= 0:
+        raise SourceError(f"{name} needs nms.iou_threshold, and a max_per_img above 0")
 
 
 # ---------------------------------------------------------------------- what the networks cannot know
@@ -448,6 +583,19 @@ def check_test_cfg(name, cfg):
 
 def describe(detector, origin):
     """Return the settings of a detector; SettingsError if one of them has a value that does not fit."""
+    if hasattr(detector, "roi_head"):
+        family, parts = describe_two_stages(detector)
+    elif type(detector.bbox_head).__name__ in YOLO_HEADS:
+        family, parts = describe_yolo(detector)
+    else:
+        family, parts = describe_one_stage(detector)
+    preprocess = describe_preprocessing(detector.cfg)
+    settings = family(source=origin, classes=detector.CLASSES, preprocess=preprocess, **parts)
+    return read(write(settings), family)
+
+
+def describe_two_stages(detector):
+    """Return the class of the settings of a two-stage detector, and what it adds to those of every export."""
     roi_head, cfg = detector.roi_head, detector.test_cfg.rcnn
     *earlier, last = stages(roi_head.bbox_head)
     added = {}
@@ -457,17 +605,12 @@ def describe(detector, origin):
         added["masks"] = describe_masks(roi_head, cfg)
     if hasattr(roi_head, "point_head"):
         added["points"] = describe_points(roi_head, cfg)
-    family = FAMILIES[tuple(added)]
-    settings = family(
-        source=origin,
-        classes=detector.CLASSES,
-        preprocess=describe_preprocessing(detector.cfg),
-        proposals=describe_proposals(detector.rpn_head, detector.test_cfg.rpn),
-        rois=describe_rois(stages(roi_head.bbox_roi_extractor)[0]),
-        head=describe_head(last, cfg),
-        **added,
-    )
-    return read(write(settings), family)
+    parts = {
+        "proposals": describe_proposals(detector.rpn_head, detector.test_cfg.rpn),
+        "rois": describe_rois(stages(roi_head.bbox_roi_extractor)[0]),
+        "head": describe_head(last, cfg),
+    }
+    return FAMILIES[tuple(added)], {**parts, **added}
 
 
 def describe_proposals(rpn, cfg):
@@ -506,15 +649,19 @@ def describe_rois(extractor):
 
 def describe_head(head, cfg):
     """Return the settings of a RoI head."""
+    return Head(**describe_coder(head), **describe_nms(cfg))
+
+
+def describe_nms(cfg):
+    """Return the settings that say which boxes of a head are kept."""
     default = inspect.signature(mmcv.ops.soft_nms).parameters["min_score"].default
-    return Head(
-        **describe_coder(head),
-        score_threshold=cfg.score_thr,
-        iou_threshold=cfg.nms.iou_threshold,
-        nms_class_agnostic=cfg.nms.get("class_agnostic", False),
-        soft_min_score=cfg.nms.get("min_score", default) if cfg.nms.get("type") == "soft_nms" else None,
-        max_per_img=cfg.max_per_img,
-    )
+    return {
+        "score_threshold": cfg.score_thr,
+        "iou_threshold": cfg.nms.iou_threshold,
+        "nms_class_agnostic": cfg.nms.get("class_agnostic", False),
+        "soft_min_score": cfg.nms.get("min_score", default) if cfg.nms.get("type") == "soft_nms" else None,
+        "max_per_img": cfg.get("max_per_img"),
+    }
 
 
 def describe_coder(head):
@@ -541,6 +688,85 @@ def describe_points(roi_head, cfg):
     return Points(steps=cfg.subdivision_steps, num_points=cfg.subdivision_num_points)
 
 
+def describe_one_stage(detector):
+    """Return the class of the settings of a one-stage detector, and what it adds to those of every export."""
+    head = detector.bbox_head
+    dense = Dense(
+        **describe_nms(detector.test_cfg),
+        nms_pre=detector.test_cfg.get("nms_pre", -1),
+        softmax=head.cls_out_channels > head.num_classes,
+        factor=FACTORS.get(type(head).__name__, ""),
+    )
+    if type(head).__name__ in POINT_HEADS:
+        return FCOSSettings, {"points": describe_points_of_cells(detector), "head": dense}
+    generator, coder = head.prior_generator, head.bbox_coder
+    anchors = CellAnchors(
+        strides=[stride[0] for stride in generator.strides],
+        boxes=[boxes.tolist() for boxes in generator.base_anchors],
+    )
+    clamped = coder.add_ctr_clamp
+    deltas = Coder(means=coder.means, stds=coder.stds, shrinks_freely=clamped)
+    return RetinaNetSettings, {
+        "anchors": anchors,
+        "deltas": deltas,
+        "max_shift": coder.ctr_clamp if clamped else None,
+        "head": dense,
+    }
+
+
+def describe_yolo(detector):
+    """Return the class of the settings of YOLOv3 or YOLOX, and what it adds to those of every export."""
+    head, cfg = detector.bbox_head, detector.test_cfg
+    generator, has_anchors = head.prior_generator, hasattr(head.prior_generator, "base_anchors")
+    strides = [stride for stride, _ in generator.strides]
+    boxes = [[[-stride / 2, -stride / 2, stride / 2, stride / 2]] for stride in strides]
+    if has_anchors:
+        boxes = [level.tolist() for level in generator.base_anchors]
+    dense = {"nms_pre": -1, "factor": "objectness", **describe_nms(cfg)}
+    if has_anchors:
+        dense["factor_threshold"] = just_below(cfg.conf_thr) if cfg.get("conf_thr", -1) > 0 else -1
+    else:
+        dense.update(one_class=True, combined="product", score_threshold=just_below(cfg.score_thr))
+    order = slice(None, None, -1 if has_anchors else 1)  # the finest first
+    anchors = CellAnchors(strides=strides[order], boxes=boxes[order])
+    return YOLOSettings, {"anchors": anchors, "within_cell": has_anchors, "head": Dense(**dense)}
+
+
+def just_below(limit):
+    """Return the float32 before a limit: what is above it is what is not below the limit."""
+    return float(np.nextafter(np.float32(limit), np.float32(-np.inf)))
+
+
+def describe_points_of_cells(detector):
+    """Return the settings of a detector whose head predicts distances."""
+    head, generator = detector.bbox_head, detector.bbox_head.prior_generator
+    kind = type(head).__name__
+    if hasattr(generator, "base_anchors"):  # a point is the centre of a cell's anchors
+        check_values(detector, {"bbox_head.prior_generator.center_offset": 0})
+    strides = [stride for stride, _ in generator.strides]
+    units, exponential = {
+        "FCOSHead": lambda: (strides, False) if head.norm_on_bbox else ([1] * len(strides), True),
+        "FoveaHead": lambda: (head.base_edge_list, True),
+        "FSAFHead": lambda: ([describe_square(*level, head.bbox_coder) for level in generator.base_anchors], False),
+    }.get(kind, lambda: (strides, False))()
+    return CellPoints(
+        strides=strides,
+        offset=getattr(generator, "offset", 0),
+        units=units,
+        exponential=exponential,
+        bins=head.reg_max + 1 if kind == "GFLHead" else 0,
+        last_pixel=kind == "FoveaHead",
+    )
+
+
+def describe_square(anchor, coder):
+    """Return the unit of FSAF's distances: a multiple of the side of a cell's anchor, which has to be a square."""
+    x1, y1, x2, y2 = anchor.tolist()
+    if x2 - x1 != y2 - y1 or not isinstance(coder.normalizer, float):
+        raise SourceError("model.bbox_head: anchors that are no squares, or several normalizers, cannot be exported")
+    return (x2 - x1) * coder.normalizer
+
+
 def describe_preprocessing(cfg):
     """Return the settings of a test pipeline; refuse any step, option or order that is not known here."""
     if len(cfg.data.test.pipeline) != 2:
@@ -556,14 +782,29 @@ def describe_preprocessing(cfg):
         scale = scale[0]
     if not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(side, int) for side in scale)):
         raise SourceError(f"data.test.pipeline: img_scale is {scale!r}, not one (long side, short side)")
+    normalize = steps.get("Normalize", {"mean": [0] * 3, "std": [1] * 3, "to_rgb": False})
     return Preprocess(
         scale=scale,
         keep_ratio=steps["Resize"].get("keep_ratio", True),
-        mean=steps["Normalize"].mean,
-        std=steps["Normalize"].std,
-        to_rgb=steps["Normalize"].get("to_rgb", True),
-        pad_divisor=steps["Pad"].size_divisor if "Pad" in steps else 1,
+        mean=normalize["mean"],
+        std=normalize["std"],
+        to_rgb=normalize.get("to_rgb", True),
+        **describe_padding(steps.get("Pad", {})),
     )
+
+
+def describe_padding(pad):
+    """Return the settings of a step of a test pipeline that pads, {} if there is none."""
+    value = pad.get("pad_val", 0)
+    values = value.get("img", 0) if isinstance(value, dict) else value
+    values = set(values) if isinstance(values, (list, tuple)) else {values}
+    if len(values) > 1 or pad.get("size"):
+        raise SourceError(f"data.test.pipeline: {pad} cannot be exported")
+    return {
+        "pad_divisor": pad.get("size_divisor") or 1,
+        "pad_to_square": pad.get("pad_to_square", False),
+        "pad_value": values.pop(),
+    }
 
 
 def check_step(step, name, known):
@@ -584,7 +825,7 @@ def resize_to_collect(transforms):
         "Resize": {"keep_ratio": None},
         "RandomFlip": {"flip_ratio": None, "direction": None},  # does nothing without flip=True around it
         "Normalize": {"mean": None, "std": None, "to_rgb": None},
-        "Pad": {"size_divisor": None},
+        "Pad": {"size_divisor": None, "pad_to_square": None, "pad_val": None},
         "ImageToTensor": {"keys": None},
         "DefaultFormatBundle": {},
         "Collect": {"keys": None, "meta_keys": None},
@@ -595,7 +836,8 @@ def resize_to_collect(transforms):
         raise SourceError(f"data.test.pipeline: {foreign[0]} cannot be exported")
     for name, step in zip(order, transforms):
         check_step(step, name, known[name])
-    if order != [name for name in known if name in order] or not {"Resize", "Normalize"} <= set(order):
+    makes_floats = {"Normalize", "DefaultFormatBundle"} & set(order)
+    if order != [name for name in known if name in order] or "Resize" not in order or not makes_floats:
         raise SourceError(f"data.test.pipeline: {order} is not MMDetection's order of resizing, normalising, padding")
     return dict(zip(order, transforms))
 
@@ -605,7 +847,7 @@ def resize_to_collect(transforms):
 
 def reference(detector, picture, score_threshold=None):
     """Return the Detections of MMDetection's inference_detector, which reads the picture itself."""
-    test_cfg = detector.roi_head.test_cfg
+    test_cfg = (detector.roi_head if hasattr(detector, "roi_head") else detector.bbox_head).test_cfg
     own, test_cfg.score_thr = test_cfg.score_thr, test_cfg.score_thr if score_threshold is None else score_threshold
     try:
         found = inference_detector(detector, str(picture))

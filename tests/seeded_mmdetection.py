@@ -3,19 +3,67 @@
 from functools import partial
 
 import torch
-from mmcv.cnn.bricks import ConvAWS2d, ConvWS2d
+from mmcv.cnn.bricks import ContextBlock, ConvAWS2d, ConvWS2d
 from mmdet.core import bbox2roi
 from mmdet.models import build_detector
+from mmdet.models.backbones import CSPDarknet, Darknet, MobileNetV2
+from mmdet.models.backbones.darknet import ResBlock
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmdet.models.backbones.trident_resnet import TridentConv
+from mmdet.models.necks.ssd_neck import L2Norm
+from mmdet.models.utils import InvertedResidual
+from mmdet.models.utils.csp_layer import DarknetBottleneck
 from mmdet.models.utils.normed_predictor import NormedConv2d, NormedLinear
 from seeded import normalise, scale_layer, scale_rpn, scale_to_unit
 
 from detectors.preprocess import preprocess
-from sources.mmdetection import DATASETS, RoIHead, describe_preprocessing, replace_sync_norms, stages
+from sources.mmdetection import (
+    DATASETS,
+    RoIHead,
+    box_head,
+    describe_preprocessing,
+    find_part,
+    replace_sync_norms,
+    stages,
+)
 
 STANDARDISING = (ConvWS2d, ConvAWS2d)  # convolutions to which the scale of their weights makes no difference
 NORMALISING = (NormedLinear, NormedConv2d)  # layers of which the same is true, and whose inputs have a length of 1
+# Backbones with long rows of layers and no way around them: rounding grows from bend to bend of the activations, so
+# what comes from a normalisation is moved to where they bend little.
+PLAIN = (CSPDarknet, Darknet, MobileNetV2)
+LAST_NORMS = {  # the last normalisation of a residual branch
+    BasicBlock: "norm2",
+    Bottleneck: "norm3",
+    ResBlock: "conv2.bn",
+    DarknetBottleneck: "conv2.bn",
+    InvertedResidual: "linear_conv.bn",
+}
+CLS, FACTOR, SHIFTS = (-5.0, 1.2), (0.0, 1.0), (0.2, 0.4)  # mean and deviation of what layers give
+LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
+    "RetinaHead": {"retina_cls": CLS, "retina_reg": SHIFTS},
+    "FSAFHead": {"retina_cls": CLS, "retina_reg": (1.0, 0.5)},
+    "ATSSHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
+    "DDODHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_iou": FACTOR},
+    "FCOSHead": {"conv_cls": CLS, "conv_reg": (3.5, 0.4), "conv_centerness": FACTOR},  # logarithms of pixels
+    "AutoAssignHead": {"conv_cls": CLS, "conv_reg": (2.0, 1.0), "conv_centerness": FACTOR},  # strides
+    "FoveaHead": {"conv_cls": CLS, "conv_reg": (0.0, 0.4)},
+    "GFLHead": {"gfl_cls": CLS, "gfl_reg": (0.0, 1.5)},
+    "VFNetHead": {"vfnet_cls": CLS, "vfnet_reg": (-1.5, 0.25), "vfnet_reg_refine": (0.0, 0.2)},
+    "RepPointsHead": {
+        "reppoints_cls_out": CLS,
+        "reppoints_pts_init_out": (0.0, 0.7),
+        "reppoints_pts_refine_out": (0.0, 1.0),
+    },
+    "YOLOFHead": {"cls_score": (-1.0, 1.2), "bbox_pred": SHIFTS, "object_pred": (-4.0, 1.0)},
+    "SSDHead": {"cls_convs": (0.0, 1.5), "reg_convs": SHIFTS},
+    "YOLOXHead": {
+        "multi_level_conv_cls": (-2.0, 1.5),
+        "multi_level_conv_reg": (0.3, 0.5),
+        "multi_level_conv_obj": (-2.0, 1.0),
+    },
+    "YOLOV3Head": {"convs_pred": (0.0, 1.0)},  # see scale_one_stage
+}
 
 
 def write_checkpoint(cfg, path, image, normalised=True):
@@ -32,14 +80,20 @@ def write_checkpoint(cfg, path, image, normalised=True):
     detector.eval()
     with torch.no_grad():
         for module in detector.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                last = module.norm2 if isinstance(module, BasicBlock) else module.norm3
-                last.weight.fill_(0.2 if normalised else 0.5)
-            elif isinstance(module, TridentConv):  # MMDetection leaves what was in memory
+            last = [find_part(module, name) for block, name in LAST_NORMS.items() if isinstance(module, block)]
+            if last:
+                last[0].weight.fill_(0.2 if normalised else 0.5)
+            elif type(detector.backbone) in PLAIN and isinstance(module, torch.nn.BatchNorm2d):
+                module.bias.fill_(1.5)
+            elif isinstance(module, ContextBlock):  # else 23 of them, one after the other, make rounding visible
+                module.channel_add_conv[-1].weight *= 0.1
+            elif isinstance(module, L2Norm):  # MMDetection leaves what was in memory
+                module.weight.fill_(20)
+            elif isinstance(module, TridentConv):
                 torch.nn.init.kaiming_normal_(module.weight)
         picture = preprocess(image, describe_preprocessing(cfg))
         prepare(detector, torch.from_numpy(picture.blob), picture.image_size, normalised)
-    num_classes = stages(detector.roi_head.bbox_head)[-1].num_classes
+    num_classes = stages(box_head(detector))[-1].num_classes
     classes = getattr(DATASETS.get(cfg.data.test.type), "CLASSES", None) or ()
     if len(classes) != num_classes:
         classes = [f"class {i}" for i in range(num_classes)]
@@ -95,12 +149,44 @@ def prepare(detector, blob, image_size, normalised=True):
     normalising = [norm.register_forward_pre_hook(normalise) for norm in norms if normalised]
     normalising += [part.register_forward_pre_hook(tell_apart) for part in parts if isinstance(part, NORMALISING)]
     scaling = [convolution.register_forward_hook(scale_to_unit) for convolution in convolutions if normalised]
-    for offset in offsets:  # of deformable convolutions; they start at zero, and far from it rounding counts
+    for offset in offsets:  # of deformable convolutions; they start at zero, and each enlarges rounding
         torch.nn.init.normal_(offset.weight)
-        scaling.append(offset.register_forward_hook(partial(scale_to_unit, deviation=0.4)))
+        scaling.append(offset.register_forward_hook(partial(scale_to_unit, deviation=min(0.4, 5 / len(offsets)))))
     features = detector.extract_feat(blob)
+    if not hasattr(detector, "roi_head"):
+        detector.bbox_head(features)
     for hook in scaling:
         hook.remove()
+    if hasattr(detector, "roi_head"):
+        scale_two_stages(detector, features, image_size)
+    else:
+        scale_one_stage(detector.bbox_head, features)
+    for hook in normalising:
+        hook.remove()
+
+
+def scale_one_stage(head, features):
+    """Scale the last layers of a one-stage detector's head by what it gives for the features of all levels."""
+    kind = next(base.__name__ for base in type(head).__mro__ if base.__name__ in LAST_LAYERS)
+    for name, (mean, deviation) in LAST_LAYERS[kind].items():
+        if name == "conv_reg" and getattr(head, "norm_on_bbox", False):
+            mean, deviation = 2.0, 1.0  # strides, too
+        if kind == "YOLOV3Head":  # a map has everything: box, objectness, classes
+            mean = torch.tensor([0.0] * 4 + [-2.0] + [-2.0] * head.num_classes).repeat(head.num_base_priors)
+            deviation = torch.tensor([0.4] * 4 + [1.0] + [1.2] * head.num_classes).repeat(head.num_base_priors)
+        part = getattr(head, name)
+        for layer in part if isinstance(part, torch.nn.ModuleList) else [part]:
+            layer, outputs = layer[-1] if isinstance(layer, torch.nn.Sequential) else layer, []
+            hook = layer.register_forward_hook(lambda layer, inputs, output, outputs=outputs: outputs.append(output))
+            head(features)
+            hook.remove()
+            if outputs[0][0, 0].numel() > 1:  # SSD's last map has a single cell, which has no deviation
+                scale_layer(layer, outputs, deviation)
+            layer.bias += mean
+
+
+def scale_two_stages(detector, features, image_size):
+    """Scale the heads of a two-stage detector by what they give for the features of all levels."""
     rpn, roi_head = detector.rpn_head, detector.roi_head
 
     def pool(extractor, head):
@@ -125,5 +211,3 @@ def prepare(detector, blob, image_size, normalised=True):
             else:
                 scale_last(mask_head.conv_logits, head(pool(extractor, head))[0], 2.0)
                 mask_head.conv_logits.bias += 3  # most pixels are in; around 0, rounding decides about some of many
-    for hook in normalising:
-        hook.remove()

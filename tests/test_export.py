@@ -628,6 +628,33 @@ def test_a_picture_too_thin_to_compare_on(tmp_path, shapes, capfd):
     assert_refused(capfd, tmp_path, [*shapes, "--picture", str(tmp_path / "thin.png")], "thin.png", "too thin")
 
 
+def test_the_config_is_changed_as_by_mmdetection(tmp_path, shapes):
+    changes = ["model.test_cfg.rcnn.score_thr=0.4", "model.rpn_head.anchor_generator.ratios=[0.5,1.0,2.5]"]
+    assert export.main([*shapes, "--cfg-options", *changes]) == 0
+    settings = load(tmp_path).settings
+    assert settings.head.score_threshold == 0.4
+    assert settings.proposals.anchors.ratios == (0.5, 1.0, 2.5)
+    assert settings.source["cfg_options"] == changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cfg-options", "nonsense"], ["--cfg-options nonsense"]),
+        (["--cfg-options", "model.type.a=1"], ["--cfg-options model.type.a=1"]),
+        (["--cfg-options", "model.backbone.nonsense=1"], ["cannot build its model", "nonsense"]),
+        (["--set", "min_size=400"], ["--set is not for mmdetection: use --cfg-options"]),
+    ],
+)
+def test_changes_that_cannot_be_made(tmp_path, shapes, capfd, arguments, words):
+    assert_refused(capfd, tmp_path, [*shapes, *arguments], *words)
+
+
+def test_changes_of_a_config_are_not_for_torchvision(tmp_path, shapes, capfd):
+    arguments = ["torchvision:fasterrcnn_resnet50_fpn", *shapes[2:], "--cfg-options", "a=1"]
+    assert_refused(capfd, tmp_path, arguments, "--cfg-options is not for torchvision: use --set")
+
+
 def test_a_config_without_a_checkpoint():
     result = run_export(SHAPES / "config.py")
     assert result.returncode == 2

@@ -177,7 +177,7 @@ REFUSED = {  # configs elsewhere in MMDetection, and what their refusal names
     "guided_anchoring/ga_faster_r50_fpn_1x_coco": "model.rpn_head is a GARPNHead",
     "legacy_1.x/faster_rcnn_r50_fpn_1x_coco_v1": "model.rpn_head.prior_generator is a LegacyAnchorGenerator",
     "ms_rcnn/ms_rcnn_r50_fpn_1x_coco": "model.type is MaskScoringRCNN",
-    "retinanet/retinanet_r50_fpn_1x_coco": "model.type is RetinaNet",
+    "solo/solo_r50_fpn_1x_coco": "model.type is SOLO",
     "seesaw_loss/cascade_mask_rcnn_r101_fpn_random_seesaw_loss_mstrain_2x_lvis_v1": "custom_cls_channels is True",
     "sabl/sabl_faster_rcnn_r50_fpn_1x_coco": "model.roi_head.bbox_head is a SABLHead",
 }  # fmt: skip
@@ -246,8 +246,10 @@ def export_and_compare(config, folder, image, capsys, normalised=True):
     reference = source.detect(folder / "picture.png")
     assert_equal_detections(ours, reference)
     assert export.verify_detections("with masks", ours, reference)
-    first = "align" if "align" in stages else "align_0"
-    levels = np.bincount(stages[first]["levels"], minlength=len(detector.settings.rois.strides))
+    assigned = next(
+        stages[name]["levels"] for name in ("align", "align_0", "detect") if "levels" in stages.get(name, ())
+    )
+    levels = np.bincount(assigned)
     return ours, levels, [
         f"{len(lines)} x True",
         max((line.split("]")[1].rsplit(None, 1)[0] for line in lines), key=lambda cell: float(cell.split()[0])).strip(),

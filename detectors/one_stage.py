@@ -1,0 +1,108 @@
+"""One-stage detectors: a single network, which answers for every cell of its maps.
+
+    maps -> best_candidates and the family's decode, level by level -> suppress
+
+Faster R-CNN asks twice: where something is, then what it is. A one-stage detector asks both at once, in the places
+where the RPN asks, and NMS is all that follows. What a cell predicts from is its *prior*: an anchor, or a point. The
+families differ in their priors and in `decode`, which makes boxes of them.
+"""
+
+import numpy as np
+
+from detectors.preprocess import preprocess
+from postprocess import Detections, batched_nms, ignore, rescale, sigmoid, softmax, top_k
+
+MARGIN = 1e-3  # of logits: so near the threshold, rounding may decide, and scores are compared
+
+
+class OneStage:
+    """What the families share; each adds its Settings, `decode`, and how many priors and values a cell has."""
+
+    def __init__(self, settings, networks):
+        self.settings, self.classes, self.networks = settings, settings.classes, networks
+
+    def __call__(self, image, record=ignore):
+        """Return the Detections in an image [h, w, 3] uint8, BGR; `record` as in faster_rcnn.py."""
+        return self.detect_in(preprocess(image, self.settings.preprocess), record)
+
+    def detect_in(self, picture, record=ignore):
+        """Return the Detections in what preprocess returned."""
+        record("preprocess", **picture._asdict())
+        maps = [tensor[0] for tensor in self.networks["model.onnx"](picture.blob, record)]
+        n, head = len(self.priors(self.settings)), self.settings.head
+        cls, reg, factors = maps[:n], maps[n : 2 * n], maps[2 * n :] or [None] * n
+        sizes = [logits.shape[1:] for logits in cls]
+        found = []
+        for level, (logits, values, factor) in enumerate(zip(cls, reg, factors)):
+            a = self.priors(self.settings)[level]
+            prior, label, score = best_candidates(logits, factor, a, head)
+            boxes = self.decode(level, sizes, prior, values_of(values, a, prior), picture.image_size)
+            found.append((boxes, score, label, prior, np.full(len(prior), level)))
+        return suppress(*map(np.concatenate, zip(*found)), picture, head, record)
+
+    @classmethod
+    def tensors(cls, settings):
+        """Return the tensors of the network, {file: {name: shape}}: see Network.expect."""
+        head, levels = settings.head, cls.priors(settings)
+        kinds = {"cls": len(settings.classes) + head.softmax, "reg": cls.values(settings)}
+        if head.factor:
+            kinds[head.factor] = 1
+        maps = {
+            f"{kind}_{i}": ("N", a * c, f"h_{i}", f"w_{i}") for kind, c in kinds.items() for i, a in enumerate(levels)
+        }
+        return {"model.onnx": {"image": ("N", 3, "H", "W"), **maps}}
+
+
+def best_candidates(logits, factor, a, settings):
+    """Return the prior, the class and the score [n] of a level's best candidates, best first.
+
+    logits [a * classes, h, w], of a priors in each cell; with a softmax, the background is one class more, the last.
+    factor: the logits [a, h, w] of what all scores of a prior are multiplied by, or None. A candidate is a class of a
+    prior with a score above settings.score_threshold. Priors are counted by row, column, prior of the cell.
+    RetinaNet (1708.02002), section 4.1.
+    """
+    logits = logits.reshape(a, len(logits) // a, -1)  # [a, classes, cells]
+    if settings.softmax:
+        scores = softmax(logits.transpose(2, 0, 1))[..., :-1].transpose(1, 2, 0)
+        which, label, cell = np.nonzero(scores > settings.score_threshold)
+        scores = scores[which, label, cell]
+    else:
+        # Of a million logits few are above the threshold's; only they need an exponential.
+        likely = logits > logit(settings.score_threshold) - MARGIN
+        if settings.one_class:
+            likely &= logits == logits.max(axis=1, keepdims=True)
+        which, label, cell = np.nonzero(likely)
+        scores = sigmoid(logits[which, label, cell])
+    factors = np.ones_like(scores) if factor is None else sigmoid(factor.reshape(a, -1)[which, cell])
+    products = np.sqrt(scores * factors) if settings.combined == "root" else scores * factors
+    ranked = scores if settings.combined == "last" else products
+    above = np.flatnonzero((ranked > settings.score_threshold) & (factors > settings.factor_threshold))
+    best = above[top_k(ranked[above], settings.nms_pre if settings.nms_pre > 0 else len(above))]
+    return (cell * a + which)[best], label[best], products[best]
+
+
+def logit(score):
+    """Return the number whose sigmoid is a score; -inf for 0 and less, inf for 1 and more."""
+    score = np.clip(score, 0, 1)
+    with np.errstate(divide="ignore"):
+        return np.log(score) - np.log1p(-score)
+
+
+def values_of(values, a, priors):
+    """Return what a map [a * v, h, w] holds for some of the priors [n], of which a cell has a: [n, v]."""
+    cell, which = np.divmod(priors, a)
+    return values.reshape(a, len(values) // a, -1)[which, :, cell]
+
+
+def suppress(resized, scores, labels, priors, levels, picture, settings, record=ignore):
+    """Turn the candidates of all levels into Detections, best first, no more than settings.max_per_img.
+
+    resized [n, 4]: their boxes, in pixels of the resized picture. They are rescaled to pixels of the picture as it
+    came in; then NMS decides class by class.
+    """
+    boxes = rescale(resized, picture, settings)
+    kept, new_scores = batched_nms(resized if settings.nms_resized else boxes, scores, labels, settings)
+    record("detect", candidates=boxes, resized=resized, scores=scores, labels=labels, priors=priors, levels=levels,
+           kept=kept)  # fmt: skip
+    kept, new_scores = kept[: settings.max_per_img], new_scores[: settings.max_per_img]
+    return Detections(boxes[kept], new_scores, labels[kept])

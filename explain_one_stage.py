@@ -1,0 +1,153 @@
+"""The pages of explain.py for one-stage detectors: where they look, what they see there, and what NMS leaves of it."""
+
+import numpy as np
+
+from figures import (
+    PALETTE,
+    SCORES,
+    Page,
+    add_score_bar,
+    draw_before_and_after,
+    draw_boxes,
+    extent_of,
+    level_names,
+    level_panels,
+    listed,
+)
+from postprocess import grid_anchors, map_stride, sigmoid, softmax
+
+
+def maps_of_one_stage(p):
+    """Return the stride, the anchors [h, w, a, 4] and the best score of every cell [h, w], level by level.
+
+    Where there are no anchors, a square of one stride stands for a point.
+    """
+    settings, head = p.settings, p.settings.head
+    counts = p.detector.priors(settings)
+    logits = [p.model[f"cls_{level}"][0] for level in range(len(counts))]
+    sizes = [level.shape[1:] for level in logits]
+    anchors, scores = [], []
+    for level, (a, values) in enumerate(zip(counts, logits)):
+        stride, base = places(settings, level, sizes)
+        anchors.append(grid_anchors(base, sizes[level], stride).reshape(*sizes[level], a, 4))
+        values = values.reshape(a, len(values) // a, -1)
+        best = softmax(values.transpose(0, 2, 1))[..., :-1].max(axis=2) if head.softmax else sigmoid(values.max(axis=1))
+        if head.factor:
+            best = best * sigmoid(p.model[f"{head.factor}_{level}"][0].reshape(a, -1))
+            best = np.sqrt(best) if head.combined == "root" else best
+        scores.append(best.max(axis=0).reshape(sizes[level]))
+    return (settings.anchors if has_anchors(p) else settings.points).strides, anchors, scores
+
+
+def places(settings, level, sizes):
+    """Return the stride of a level, and the boxes [a, 4] of its first cell."""
+    if hasattr(settings, "anchors"):
+        return map_stride(level, sizes, settings.anchors), np.float32(settings.anchors.boxes[level])
+    points = settings.points
+    stride = points.strides[level]
+    return stride, np.float32([[-0.5, -0.5, 0.5, 0.5]]) * stride + np.float32(points.offset * stride)
+
+
+def has_anchors(p):
+    """Return whether a cell has anchors, and not just a point."""
+    return hasattr(p.settings, "anchors")
+
+
+def draw_priors(p):
+    """Draw what three cells of each level predict from, to scale."""
+    counts = [anchors[..., 0].size for anchors in p.anchors]
+    kind = "anchors" if has_anchors(p) else "points"
+    figure, axes = level_panels(p, fade=0.55)
+    height, width = p.resized.shape[:2]
+    for level, axis in enumerate(axes):
+        map_height, map_width = p.anchors[level].shape[:2]
+        axis.set_title(f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fontsize=11)
+        if has_anchors(p):
+            draw_some_anchors(axis, p, level)
+        else:
+            centers = (p.anchors[level][..., :2] + p.anchors[level][..., 2:]).reshape(-1, 2) / 2
+            axis.plot(*centers.T, ".", color=PALETTE[level % len(PALETTE)], ms=max(1.5, min(p.strides[level] / 8, 8)))
+    if has_anchors(p):
+        caption = f"Anchors: {sum(counts):,} boxes of fixed sizes"
+        text = (
+            "The detector looks for objects from anchors: boxes that are the same for every picture of this size. "
+            f"There are {listed(counts)} on {level_names(len(counts))}. Each panel shows the anchors of three cells, "
+            "with a cross in their centre. "
+        )
+    else:
+        caption = f"Points: {sum(counts):,} places from which boxes are measured"
+        text = (
+            "The detector has no anchors. Each cell has a point, and if an object is there, the network says how far "
+            f"it is from the point to the four sides of its box. There are {listed(counts)} points on "
+            f"{level_names(len(counts))}. "
+        )
+    text += "Faster R-CNN starts in the same way, but it has a second network; here, everything is decided at once."
+    return Page(kind, caption, text, f"{module_of(p)}.decode, postprocess.grid_anchors", figure)
+
+
+def draw_some_anchors(axis, p, level):
+    """Draw the anchors of three cells of a level."""
+    (height, width), (map_height, map_width) = p.resized.shape[:2], p.anchors[level].shape[:2]
+    stride = p.strides[level]
+    for part in (0.2, 0.5, 0.8):
+        y = min(int(min(height / stride, map_height) / 2), map_height - 1)
+        x = min(int(width / stride * part), map_width - 1)
+        anchors = p.anchors[level][y, x]
+        draw_boxes(axis, anchors, PALETTE[level % len(PALETTE)])
+        axis.plot(*((anchors[0, :2] + anchors[0, 2:]) / 2), "+", color="black", ms=6)
+    axis.set(xlim=(-0.3 * width, 1.3 * width), ylim=(1.3 * height, -0.3 * height))
+
+
+def module_of(p):
+    """Return where a detector's class is, as a name."""
+    return f"{type(p.detector).__module__}.{type(p.detector).__name__}"
+
+
+def draw_scores(p):
+    """Draw the best score of each cell over the picture, level by level."""
+    best = max(scores.max() for scores in p.scores)
+    figure, axes = level_panels(p, fade=0.3)
+    for level, (axis, scores) in enumerate(zip(axes, p.scores)):
+        axis.set_title(f"level {level}, stride {p.strides[level]}: best {scores.max():.2f}", fontsize=11)
+        extent = extent_of(p.anchors[level], p.strides[level])
+        alpha = 0.2 + 0.7 * scores  # where there is nothing the picture shows
+        axis.imshow(scores, cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
+        axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
+    add_score_bar(figure, list(axes), "best score of all classes")
+    return Page("scores", f"Scores: how sure the network is of the best class at a cell (best {best:.2f})",
+                tell_scores(p), "model.onnx, detectors.one_stage.best_candidates", figure)  # fmt: skip
+
+
+def tell_scores(p):
+    """Return the text about scores."""
+    head = p.settings.head
+    function = "a sigmoid of its own" if not head.softmax else "a softmax over all classes and the background"
+    text = (
+        f"For every cell the network predicts a logit for each of {len(p.detector.classes):,} classes, which "
+        f"{function} turns into a score. "
+    )
+    if head.factor:
+        text += f"It also predicts a {head.factor}, by which the scores are multiplied"
+        text += ", and the root of the product is taken. " if head.combined == "root" else ". "
+    return text + (
+        "A cell has the colour of its best class. Small objects light up on the fine levels, large ones on the coarse "
+        "levels."
+    )
+
+
+def draw_candidates(p, shown=60):
+    """Draw the best boxes of each level, and what NMS keeps of them."""
+    stage, head = p.detect, p.settings.head
+    before, kept, after = len(stage["candidates"]), len(stage["kept"]), len(p.detections.boxes)
+    caption = f"Candidates: {before:,} boxes above the score threshold, {kept:,} kept by NMS, {after:,} returned"
+    figure = draw_before_and_after(p.resized, stage["resized"], stage, after, shown, "score")
+    counts = np.bincount(stage["levels"], minlength=len(p.strides)).tolist()
+    most = f"the best {head.nms_pre:,} of each level" if head.nms_pre > 0 else "all of them"
+    text = (
+        f"A class of a cell is a candidate if its score is above {head.score_threshold:g}; {most} get a box. That "
+        f"makes {listed(counts)} on {level_names(len(counts))}. Neighbouring cells see the same object, so boxes "
+        "crowd around it, and NMS keeps the best one of each class. Drawn are the best boxes of each level before and "
+        "after it."
+    )
+    functions = f"detectors.one_stage.best_candidates, {module_of(p)}.decode, detectors.one_stage.suppress"
+    return Page("candidates", caption, text, functions, figure)

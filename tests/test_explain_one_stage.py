@@ -1,0 +1,142 @@
+"""explain.py's pages of one-stage detectors, drawn from the arrays that the detector recorded."""
+
+import re
+
+import numpy as np
+import pytest
+from boxes import NO_MEANS
+from test_one_stage import anchored, pointed, write_model
+
+pytest.importorskip("matplotlib", reason="needs matplotlib: uv run --extra test pytest")
+
+import explain  # noqa: E402
+import explain_one_stage  # noqa: E402
+from detectors import load  # noqa: E402
+from detectors.retina_net import RetinaNet  # noqa: E402
+from detectors.settings import Coder, RetinaNetSettings, changed  # noqa: E402
+from postprocess import sigmoid, softmax  # noqa: E402
+
+NAMES = ["1_input", "2_points", "3_scores", "4_candidates", "5_nms", "6_result"]
+
+
+@pytest.fixture
+def pipeline_of(tmp_path, photographs):
+    """Return a function that makes a Pipeline of a detector with these settings and random maps."""
+
+    def run(settings, outputs):
+        write_model(tmp_path / "model.onnx", settings, outputs)
+        return explain.Pipeline(load(tmp_path), photographs["cat"])
+
+    return run
+
+
+@pytest.fixture
+def points(pipeline_of):
+    """Return the Pipeline of a detector with points and centerness."""
+    settings = changed(pointed().settings, "head.factor", "centerness")
+    return pipeline_of(settings, {"cls_0": 2, "reg_0": 4, "centerness_0": 1})
+
+
+@pytest.fixture
+def anchors(pipeline_of):
+    """Return the Pipeline of a detector with two levels of anchors, and a softmax."""
+    settings = anchored(RetinaNet, RetinaNetSettings, deltas=Coder(means=NO_MEANS, stds=(1, 1, 1, 1))).settings
+    settings = changed(settings, "head.softmax", True)
+    return pipeline_of(settings, {"cls_0": 6, "cls_1": 3, "reg_0": 8, "reg_1": 4})
+
+
+def numbers(text):
+    """Return the numbers in a caption, without that of the page."""
+    return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)]
+
+
+def test_the_pages_in_their_order(points, anchors):
+    assert [page.name for page in explain.pages_of(points)] == NAMES
+    assert [page.name for page in explain.pages_of(anchors)] == ["1_input", "2_anchors", *NAMES[2:]]
+
+
+def test_a_point_stands_in_each_cell(points):
+    page = explain_one_stage.draw_priors(points)
+    height, width = points.model["cls_0"].shape[2:]
+    assert numbers(page.caption) == [height * width]
+    drawn = page.figure.axes[0].lines[0].get_xydata()
+    y, x = np.divmod(np.arange(height * width), width)
+    np.testing.assert_allclose(drawn, np.stack([8 * x + 4, 8 * y + 4], axis=1))
+
+
+def test_anchors_are_drawn_to_scale(anchors):
+    page = explain_one_stage.draw_priors(anchors)
+    maps = [anchors.model[f"cls_{level}"].shape[2:] for level in range(2)]
+    assert numbers(page.caption) == [2 * np.prod(maps[0]) + np.prod(maps[1])]
+    first, second = page.figure.axes[:2]
+    for axis, sizes in ((first, [(8, 8), (16, 8)]), (second, [(16, 16)])):
+        assert len(axis.collections) == 3  # cells
+        for collection in axis.collections:
+            corners = [path.vertices for path in collection.get_paths()]
+            assert [tuple(np.ptp(corner, axis=0)) for corner in corners] == sizes
+
+
+def test_a_cell_has_the_score_of_its_best_class(points, anchors):
+    images = [axis.images[-1] for axis in explain_one_stage.draw_scores(points).figure.axes if axis.images]
+    cls, centerness = points.model["cls_0"][0], points.model["centerness_0"][0, 0]
+    expected = sigmoid(np.maximum(cls[0], cls[1])) * sigmoid(centerness)
+    np.testing.assert_allclose(images[0].get_array(), expected, rtol=1e-5)
+    assert images[0].get_extent() == [0, 8 * cls.shape[2], 8 * cls.shape[1], 0]
+    page = explain_one_stage.draw_scores(anchors)
+    images = [axis.images[-1] for axis in page.figure.axes if axis.images]
+    cls = anchors.model["cls_0"][0].transpose(1, 2, 0)
+    expected = np.maximum(softmax(cls[..., :3])[..., :2].max(axis=2), softmax(cls[..., 3:])[..., :2].max(axis=2))
+    np.testing.assert_allclose(images[0].get_array(), expected, rtol=1e-5)
+    assert "softmax" in page.text
+    assert "centerness" not in page.text
+
+
+def test_the_root_of_the_product(pipeline_of):
+    settings = changed(changed(pointed().settings, "head.factor", "centerness"), "head.combined", "root")
+    p = pipeline_of(settings, {"cls_0": 2, "reg_0": 4, "centerness_0": 1})
+    cls, centerness = p.model["cls_0"][0], p.model["centerness_0"][0, 0]
+    np.testing.assert_allclose(p.scores[0], np.sqrt(sigmoid(cls.max(axis=0)) * sigmoid(centerness)), rtol=1e-5)
+    assert "root" in explain_one_stage.draw_scores(p).text
+
+
+def test_candidates_before_and_after_nms(anchors):
+    page = explain_one_stage.draw_candidates(anchors, shown=5)
+    before, kept, after = (len(part) for part in (*map(anchors.detect.get, ("candidates", "kept")),
+                                                  anchors.detections.boxes))  # fmt: skip
+    assert numbers(page.caption) == [before, kept, after]
+    left, right = page.figure.axes[:2]
+    (best,) = left.collections
+    assert len(best.get_paths()) == 10  # five of each level
+    best = [np.sort(-anchors.detect["scores"][anchors.detect["levels"] == level])[:5] for level in range(2)]
+    drawn = {tuple(path.vertices[0]) for path in left.collections[0].get_paths()}
+    expected = anchors.detect["resized"][np.isin(-anchors.detect["scores"], np.concatenate(best))]
+    assert drawn == {tuple(box[:2]) for box in expected.astype(float)}
+    assert sum(len(collection.get_paths()) for collection in right.collections) <= 10
+
+
+def test_nothing_is_found(pipeline_of):
+    settings = changed(pointed().settings, "head.score_threshold", 1.0)
+    pages = explain.pages_of(pipeline_of(settings, {"cls_0": 2, "reg_0": 4}))
+    assert [page.name for page in pages] == NAMES
+    assert numbers(pages[3].caption)[1:] == [0, 0, 0]
+
+
+def test_a_picture_padded_with_grey_to_a_square(pipeline_of):
+    settings = pointed().settings
+    for name, value in (("pad_to_square", True), ("pad_value", 114.0), ("pad_divisor", 1)):
+        settings = changed(settings, f"preprocess.{name}", value)
+    page = explain.draw_input(pipeline_of(settings, {"cls_0": 2, "reg_0": 4}))
+    assert "hatched: pixels of 114, up to a square" in page.figure.axes[0].get_xlabel()
+    assert "make it a square" in page.text
+    assert "first network" not in page.text
+
+
+def test_the_files(points, tmp_path, photographs):
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "cat.png"), photographs["cat"])
+    assert explain.main([str(tmp_path / "cat.png"), "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").glob("*")) == sorted(
+        [*(f"{name}.png" for name in NAMES), "index.html"]
+    )
+    assert "<h1>FCOS on cat.png</h1>" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")

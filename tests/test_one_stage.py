@@ -1,0 +1,398 @@
+"""One-stage detectors, without a framework: candidates, decoding, suppression, and a detector of a single layer."""
+
+import itertools
+import json
+import re
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from boxes import NO_MEANS
+from conftest import MMDETECTION, SHAPES
+from onnx import TensorProto, helper, numpy_helper
+from test_demo import assert_one_line, call_demo
+
+import detectors
+import evaluate
+from detectors import ModelError, load
+from detectors.fcos import FCOS
+from detectors.one_stage import best_candidates, suppress, values_of
+from detectors.preprocess import Picture
+from detectors.retina_net import RetinaNet
+from detectors.settings import (
+    CellAnchors,
+    CellPoints,
+    Coder,
+    Dense,
+    FCOSSettings,
+    Preprocess,
+    RetinaNetSettings,
+    YOLOSettings,
+    changed,
+    write,
+)
+from detectors.yolo import YOLO
+from postprocess import sigmoid, softmax
+
+HEAD = Dense(score_threshold=0.05, nms_pre=1000, iou_threshold=0.5, max_per_img=100)
+PREPROCESS = Preprocess(scale=(128, 96), mean=(0, 0, 0), std=(255, 255, 255), to_rgb=True, pad_divisor=32)
+SIZE = (100, 200)  # of a picture, height and width
+
+
+def pointed(**values):
+    """Return an FCOS with one level, of 8 pixels to a cell."""
+    points = CellPoints(**{"strides": [8], "offset": 0.5, "units": [8], **values})
+    return FCOS(FCOSSettings(classes=("a", "b"), preprocess=PREPROCESS, points=points, head=HEAD), {})
+
+
+def anchored(family, settings, **values):
+    """Return a detector with two levels of anchors: two in a cell, then one."""
+    boxes = [[[-4, -4, 4, 4], [-8, -4, 8, 4]], [[0, 0, 16, 16]]]
+    anchors = CellAnchors(strides=[8, 16], boxes=boxes)
+    return family(settings(classes=("a", "b"), preprocess=PREPROCESS, anchors=anchors, head=HEAD, **values), {})
+
+
+# ------------------------------------------------------------------ candidates
+
+
+def test_priors_are_counted_by_row_column_and_prior_of_the_cell():
+    logits = np.full((2 * 3, 4, 5), -9, np.float32)  # two priors, three classes
+    logits[1 * 3 + 2, 3, 1] = 2
+    prior, label, score = best_candidates(logits, None, 2, HEAD)
+    np.testing.assert_array_equal([prior, label], [[(3 * 5 + 1) * 2 + 1], [2]])
+    np.testing.assert_allclose(score, 1 / (1 + np.exp(-2)), rtol=1e-6)
+    values = np.arange(2 * 4 * 4 * 5).reshape(8, 4, 5)
+    np.testing.assert_array_equal(values_of(values, 2, prior), [[values[4 + i, 3, 1] for i in range(4)]])
+
+
+def all_candidates(logits, factor, a, settings):
+    """Return every candidate as [(what it is ranked by, its score, prior, label)], best first, one by one."""
+    k, found = len(logits) // a, []
+    for y, x, which in itertools.product(*map(range, (*logits.shape[1:], a))):
+        own = logits[which * k : (which + 1) * k, y, x].astype(np.float64)
+        scores = softmax(own)[:-1] if settings.softmax else sigmoid(own)
+        certainty = 1 if factor is None else sigmoid(np.float64(factor[which, y, x]))
+        for label, score in enumerate(scores):
+            product = score * certainty
+            ranked, final = {
+                "last": (score, product), "product": (product, product), "root": (product**0.5, product**0.5),
+            }[settings.combined]  # fmt: skip
+            best = not settings.one_class or label == np.argmax(scores)
+            if best and ranked > settings.score_threshold and certainty > settings.factor_threshold:
+                found.append((ranked, final, (y * logits.shape[2] + x) * a + which, label))
+    return sorted(found, reverse=True)[: settings.nms_pre if settings.nms_pre > 0 else None]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"nms_pre": -1},
+        {"nms_pre": 7},
+        {"score_threshold": 0},
+        {"softmax": True},
+        {"softmax": True, "nms_pre": 5},
+        {"factor": "centerness"},
+        {"factor": "centerness", "nms_pre": 9},  # the best by their scores alone
+        {"factor": "objectness", "factor_threshold": 0.4, "nms_pre": -1},
+        {"factor": "centerness", "combined": "root", "nms_pre": 9},
+        {"factor": "objectness", "combined": "product", "one_class": True},
+    ],
+)
+def test_candidates_are_those_of_a_search_one_by_one(values):
+    settings, rng = msgspec.structs.replace(HEAD, **values), np.random.default_rng(0)
+    a, k = 3, 4 + settings.softmax
+    logits = rng.normal(-2, 2, (a * k, 5, 6)).astype(np.float32)
+    factor = rng.normal(0, 2, (a, 5, 6)).astype(np.float32) if settings.factor else None
+    expected = all_candidates(logits, factor, a, settings)
+    prior, label, score = best_candidates(logits, factor, a, settings)
+    assert len(expected) > 4
+    np.testing.assert_array_equal(prior, [candidate[2] for candidate in expected])
+    np.testing.assert_array_equal(label, [candidate[3] for candidate in expected])
+    np.testing.assert_allclose(score, [candidate[1] for candidate in expected], rtol=1e-5)
+
+
+def test_a_score_at_the_threshold_is_no_candidate():
+    logits = np.zeros((1, 1, 2), np.float32)
+    logits[0, 0, 1] = 1e-6
+    settings = changed(HEAD, "score_threshold", 0.5)
+    prior, _, _ = best_candidates(logits, None, 1, settings)
+    np.testing.assert_array_equal(prior, [1])
+    assert len(best_candidates(logits, None, 1, changed(HEAD, "score_threshold", 1.0))[0]) == 0
+
+
+# ------------------------------------------------------------------ decoding
+
+
+def test_anchors_stand_at_their_cells_and_are_moved_by_their_deltas():
+    detector = anchored(RetinaNet, RetinaNetSettings, deltas=Coder(means=NO_MEANS, stds=(0.1, 0.1, 0.2, 0.2)))
+    sizes = [(12, 25), (6, 12)]
+    deltas = np.float32([[0, 0, 0, 0], [5, -10, 5 * np.log(2), 0]])
+    priors = np.array([0, (2 * 25 + 3) * 2 + 1])  # the second one is 16 x 8, in row 2, column 3
+    boxes = detector.decode(0, sizes, priors, deltas, SIZE)
+    np.testing.assert_allclose(boxes, [[0, 0, 4, 4], [16, 4, 48, 12]], atol=1e-5)  # the first one is clipped
+    boxes = detector.decode(1, sizes, np.array([13]), deltas[:1], SIZE)
+    np.testing.assert_allclose(boxes, [[16, 16, 32, 32]])
+    assert detector.priors(detector.settings) == [2, 1]
+
+
+def test_a_centre_moves_no_further_than_it_may():
+    coder = Coder(means=NO_MEANS, stds=(1, 1, 1, 1), shrinks_freely=True)
+    detector = anchored(RetinaNet, RetinaNetSettings, deltas=coder, max_shift=6)
+    deltas = np.float32([[5, -5, 0, 0], [0.5, 0.25, 0, 0]])  # of an anchor of 16 x 16 in row and column 2
+    boxes = detector.decode(1, [(12, 25), (6, 12)], np.array([26, 26]), deltas, SIZE)
+    np.testing.assert_allclose(boxes, [[38, 26, 54, 42], [38, 36, 54, 52]], atol=1e-5)
+
+
+def test_four_distances_from_a_point():
+    distances = np.float32([[1, 2, 3, 0.5], [10, 10, 30, 30]])
+    boxes = pointed().decode(0, [(12, 25)], np.array([2 * 25 + 3, 0]), distances, SIZE)  # points 28, 20 and 4, 4
+    np.testing.assert_allclose(boxes, [[20, 4, 52, 24], [0, 0, 200, 100]])
+
+
+@pytest.mark.parametrize(
+    ("values", "distances", "box"),
+    [
+        ({"offset": 0}, [1, 1, 1, 1], [16, 8, 32, 24]),
+        ({"units": [10]}, [1, 1, 1, 1], [18, 10, 38, 30]),
+        ({"exponential": True, "units": [1]}, np.log([3, 4, 5, 6]), [25, 16, 33, 26]),
+        ({"last_pixel": True}, [9, 9, 90, 90], [0, 0, 199, 99]),
+    ],
+)
+def test_distances_of_other_kinds(values, distances, box):
+    boxes = pointed(**values).decode(0, [(12, 25)], np.array([53]), np.float32([distances]), SIZE)
+    np.testing.assert_allclose(boxes, [box], rtol=1e-5)
+
+
+def test_a_distance_is_the_mean_of_its_distribution():
+    detector, logits = pointed(bins=5), np.zeros((1, 4, 5), np.float32)  # without a preference: 2, the middle of 0 .. 4
+    logits[0, 1, 1] = 100  # sure that it is 1
+    logits[0, 2, [0, 1]] = 100  # 0 or 1
+    boxes = detector.decode(0, [(12, 25)], np.array([53]), logits.reshape(1, 20), SIZE)
+    np.testing.assert_allclose(boxes, [[28 - 16, 20 - 8, 28 + 4, 20 + 16]], atol=1e-4)
+    assert detector.values(detector.settings) == 20
+
+
+def test_yolo_moves_a_box_within_its_cell_or_by_strides():
+    priors, sizes = np.array([(2 * 25 + 3) * 2 + 1]), [(12, 25), (6, 12)]  # an anchor of 16 x 8 around 24, 16
+    values = np.float32([[0, np.log(3), np.log(2), np.log(30)]])  # sigmoids of 1/2 and 3/4
+    boxes = anchored(YOLO, YOLOSettings, within_cell=True).decode(0, sizes, priors, values, SIZE)
+    np.testing.assert_allclose(boxes, [[8, 18 - 120, 40, 18 + 120]], rtol=1e-5)  # it may leave the picture
+    values = np.float32([[0.5, -1, 0, 0]])
+    boxes = anchored(YOLO, YOLOSettings, within_cell=False).decode(0, sizes, priors, values, SIZE)
+    np.testing.assert_allclose(boxes, [[20, 4, 36, 12]])
+
+
+# ------------------------------------------------------------------ suppression
+
+
+def suppressed(boxes, scores, labels, scale, settings):
+    """Return what suppress keeps of boxes in a picture that was resized by `scale`."""
+    n, scale = len(boxes), np.float32([scale] * 4)
+    picture = Picture(np.zeros((1, 3, 1, 1), np.float32), SIZE, scale, (1, 1))
+    return suppress(np.float32(boxes), np.float32(scores), np.array(labels), np.arange(n), np.zeros(n, int), picture,
+                    settings)  # fmt: skip
+
+
+def test_the_best_box_of_each_class_stays():
+    boxes = [[0, 0, 10, 10], [1, 1, 11, 11], [0, 0, 10, 9], [50, 50, 60, 60]]
+    found = suppressed(boxes, [0.5, 0.9, 0.8, 0.1], [0, 0, 1, 0], 2, HEAD)
+    np.testing.assert_allclose(found.boxes, np.float32(boxes)[[1, 2, 3]] / 2)
+    np.testing.assert_allclose(found.scores, [0.9, 0.8, 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(found.labels, [0, 1, 0])
+    assert len(suppressed(boxes, [0.5, 0.9, 0.8, 0.1], [0, 0, 1, 0], 2, changed(HEAD, "max_per_img", 2)).boxes) == 2
+    everything = suppressed(boxes * 50, [0.5] * 200, range(200), 2, changed(HEAD, "max_per_img", None))
+    assert len(everything.boxes) == 200
+
+
+def test_boxes_are_rescaled_before_nms():
+    """Scaling leaves an IoU as it is, but for rounding; MMDetection compares boxes of the picture as it came in."""
+    boxes = np.float32([[3, 3, 7, 9], [3, 3, 7, 6]])  # an IoU of 1/2, which is not above the threshold
+    counts = set()
+    for scale in np.linspace(0.3, 3, 200, dtype=np.float32):
+        x1, y1, x2, y2 = (boxes / scale).T
+        area = (x2 - x1) * (y2 - y1)
+        over = area[1] / (area[0] + area[1] - area[1]) > np.float32(0.5)
+        counts.add(bool(over))
+        assert len(suppressed(boxes, [0.9, 0.8], [0, 0], scale, HEAD).boxes) == (1 if over else 2)
+        resized = changed(HEAD, "nms_resized", True)
+        assert len(suppressed(boxes, [0.9, 0.8], [0, 0], scale, resized).boxes) == 2
+    assert counts == {True, False}
+
+
+# ------------------------------------------------------------------ a whole detector
+
+
+def write_model(path, settings, outputs):
+    """Write a network of one convolution for each output, {name: channels}, of as many pixels a cell as its stride."""
+    rng, weights, nodes = np.random.default_rng(1), [], []
+    for name, channels in outputs.items():
+        size = [8 * 2 ** int(name[-1])] * 2
+        kernel = rng.normal(0, 2.4 / size[0], (channels, 3, *size)).astype(np.float32)
+        weights.append(numpy_helper.from_array(kernel - kernel.mean(axis=(1, 2, 3), keepdims=True), f"w_{name}"))
+        nodes.append(helper.make_node("Conv", ["image", f"w_{name}"], [name], kernel_shape=size, strides=size))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", channels, f"h{name}", f"w{name}"])
+              for name, channels in outputs.items()]  # fmt: skip
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, "H", "W"])
+    model = helper.make_model(
+        helper.make_graph(nodes, "one layer", [image], values, weights),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    helper.set_model_props(model, {"detector": write(changed(settings, "networks", ("model.onnx",)))})
+    onnx.save(model, str(path))
+
+
+@pytest.fixture
+def one_layer(tmp_path):
+    """Return the folder of a detector of one layer, and its settings."""
+    settings = changed(pointed().settings, "head.factor", "centerness")
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model" / "model.onnx", settings, {"cls_0": 2, "reg_0": 4, "centerness_0": 1})
+    return tmp_path / "model", settings
+
+
+def test_a_detector_of_one_network(one_layer, photographs):
+    folder, settings = one_layer
+    stages = {}
+    found = load(folder)(photographs["cat"], lambda stage, **arrays: stages.update({stage: arrays}))
+    assert list(stages) == ["preprocess", "model", "detect"]
+    assert 5 < len(found.boxes) <= 100
+    maps, detect = stages["model"], stages["detect"]
+    cls, reg, centerness = (maps[name][0] for name in ("cls_0", "reg_0", "centerness_0"))
+    y, x = divmod(int(detect["priors"][0]), cls.shape[2])  # of the first candidate, all by hand
+    left, top, right, bottom = reg[:, y, x] * 8
+    height, width = stages["preprocess"]["image_size"]
+    box = np.array([8 * x + 4 - left, 8 * y + 4 - top, 8 * x + 4 + right, 8 * y + 4 + bottom])
+    box = np.clip(box, 0, [width, height, width, height])
+    np.testing.assert_allclose(detect["resized"][0], box, rtol=1e-5)
+    np.testing.assert_allclose(detect["candidates"][0], box / stages["preprocess"]["scale_factor"], rtol=1e-5)
+    score = sigmoid(cls[detect["labels"][0], y, x]) * sigmoid(centerness[0, y, x])
+    np.testing.assert_allclose(detect["scores"][0], score, rtol=1e-5)
+    assert set(detect["levels"]) == {0}
+
+
+def test_the_programs_run_it(one_layer, tmp_path):
+    folder, _ = one_layer
+    run = call_demo("--model", str(folder), "--out", str(tmp_path / "out"), "--score-thr", "0.01")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "detections.json").stat().st_size > 100
+
+
+def test_a_softmax_has_a_channel_for_the_background():
+    tensors = FCOS.tensors(changed(pointed().settings, "head.softmax", True))
+    assert tensors["model.onnx"]["cls_0"] == ("N", 3, "h_0", "w_0")
+
+
+@pytest.mark.parametrize("channels", [{"cls_0": 3}, {"reg_0": 8}, {"centerness_0": 2}])
+def test_a_network_with_other_maps_is_refused(one_layer, channels):
+    folder, settings = one_layer
+    write_model(folder / "model.onnx", settings, {"cls_0": 2, "reg_0": 4, "centerness_0": 1, **channels})
+    with pytest.raises(ModelError, match=f"does not fit its settings: {next(iter(channels))} is"):
+        load(folder)
+
+
+def test_a_network_without_its_factor_is_refused(one_layer):
+    folder, settings = one_layer
+    write_model(folder / "model.onnx", settings, {"cls_0": 2, "reg_0": 4})
+    with pytest.raises(ModelError, match="instead of image, cls_0, reg_0, centerness_0"):
+        load(folder)
+
+
+def test_two_exports_in_one_folder_are_not_mixed(one_layer):
+    folder, _ = one_layer
+    for name in ("model1.onnx", "model2.onnx"):
+        (folder / name).write_bytes((SHAPES / name).read_bytes())
+    with pytest.raises(ModelError, match="holds two exports, model1.onnx and model.onnx"):
+        load(folder)
+
+
+def test_an_export_beside_one_of_another_kind_is_refused(one_layer):
+    pytest.importorskip("torch", reason=MMDETECTION)
+    import export
+    import sources
+
+    folder, settings = one_layer
+    source = sources.Source({"model1.onnx": None, "model2.onnx": None}, settings, None)
+    with pytest.raises(sources.SourceError, match="holds another export, with model.onnx"):
+        export.export(source, folder, None, SHAPES.parents[1] / "asset" / "shapes.png")
+
+
+def test_an_export_in_ckpt_is_the_default_whatever_its_kind(one_layer, monkeypatch):
+    folder, _ = one_layer
+    monkeypatch.setattr(detectors, "CKPT", folder)
+    assert detectors.default_folder() == folder
+    monkeypatch.setattr(detectors, "CKPT", folder.parent)
+    assert detectors.default_folder() == detectors.BUNDLED
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (CellAnchors, {"strides": [8, 16], "boxes": [[[0, 0, 1, 1]]]}),
+        (CellAnchors, {"strides": [8], "boxes": [[]]}),
+        (CellPoints, {"strides": [8, 16], "offset": 0, "units": [8]}),
+    ],
+)
+def test_levels_that_do_not_fit(kind, values):
+    settings = pointed().settings if kind is CellPoints else anchored(YOLO, YOLOSettings, within_cell=True).settings
+    with pytest.raises(ValueError, match="strides|length"):
+        write(changed(settings, "points" if kind is CellPoints else "anchors", kind(**values)))
+
+
+# ------------------------------------------------------------------ other settings at run time
+
+
+def test_settings_are_changed_at_run_time(one_layer, photographs):
+    folder, settings = one_layer
+    cat = photographs["cat"]
+    before, after = (load(folder, options)(cat) for options in ([], [("head.max_per_img", "3")]))
+    assert len(after.boxes) == 3 < len(before.boxes)
+    np.testing.assert_array_equal(after.boxes, before.boxes[:3])
+    stages = {}
+    detector = load(folder, [("preprocess.scale", "[64, 64]"), ("head.score_threshold", "0.6")])
+    found = detector(cat, lambda stage, **arrays: stages.update({stage: arrays}))
+    assert max(stages["preprocess"]["image_size"]) == 64
+    assert stages["model"]["image"].shape[2:] == (64, 64)
+    sure = sigmoid(stages["model"]["cls_0"]) > 0.6
+    assert len(stages["detect"]["candidates"]) == sure.sum() > len(found.boxes) - 1
+    assert load(folder).settings.head == settings.head
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("points.strides", "[4]", "points.strides cannot be set; these can: preprocess.scale, head.score_threshold"),
+        ("head.factor", '"iou"', "head.factor cannot be set"),
+        ("head", "{}", "head cannot be set"),
+        ("nonsense.score_threshold", "1", "nonsense.score_threshold cannot be set"),
+        ("head.score_threshold", '"high"', "head.score_threshold: expected `float`, got `str`"),
+        ("head.iou_threshold", "1.1", "head.iou_threshold: expected `float` <= 1"),
+        ("head.max_per_img", "0", "head.max_per_img: expected `int` >= 1"),
+        ("head.nms_pre", "many", "head.nms_pre=many: not a number"),
+        ("preprocess.scale", "[600]", "preprocess.scale: expected `array` of length 2"),
+    ],
+)
+def test_settings_that_cannot_be_changed(one_layer, name, value, words):
+    folder, _ = one_layer
+    with pytest.raises(ModelError, match=re.escape(words)):
+        load(folder, [(name, value)])
+    run = call_demo("--model", str(folder), "--set", f"{name}={value}")
+    assert run.returncode == 2
+    assert_one_line(run.stderr, words)
+
+
+def test_demo_and_evaluate_take_the_same_option(one_layer, tmp_path):
+    folder, _ = one_layer
+    out = tmp_path / "out"
+    run = call_demo("--model", str(folder), "--out", str(out), "--score-thr", "0", "--set", "head.max_per_img=2")
+    assert run.returncode == 0, run.stderr
+    assert len(json.loads((out / "detections.json").read_text())) == 2
+    assert call_demo("--set", "head.max_per_img").returncode == 2
+    header = evaluate.describe_run(load(folder).settings, SHAPES / "config.py", tmp_path)
+    other = evaluate.describe_run(load(folder, [("head.max_per_img", "2")]).settings, SHAPES / "config.py", tmp_path)
+    (tmp_path / "partial.jsonl").write_text(json.dumps(header) + "\n")
+    assert evaluate.read_partial(tmp_path / "partial.jsonl", header) == {}
+    with pytest.raises(evaluate.EvaluationError, match="belongs to another --set"):
+        evaluate.read_partial(tmp_path / "partial.jsonl", other)

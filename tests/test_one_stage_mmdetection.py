@@ -1,0 +1,117 @@
+"""One-stage detectors against MMDetection's inference_detector: seeded weights at full depth, two photographs."""
+
+import cv2
+import numpy as np
+import pytest
+from boxes import assert_equal_detections
+from conftest import MMDETECTION, TABLES
+
+pytest.importorskip("mmdet", reason=MMDETECTION)
+
+from mmdet.datasets.pipelines import Compose  # noqa: E402
+from test_zoo import export_and_compare, refusal, write_config  # noqa: E402
+
+from detectors import load  # noqa: E402
+from detectors.preprocess import preprocess  # noqa: E402
+from detectors.settings import Preprocess  # noqa: E402
+from sources import SourceError, mmdetection  # noqa: E402
+
+SCALE = "data.test.pipeline.1.img_scale"
+CONFIGS = {  # and what is changed in them, beside the size of the pictures
+    "retinanet/retinanet_r50_fpn_1x_coco": {},
+    "free_anchor/retinanet_free_anchor_r50_fpn_1x_coco": {},
+    "atss/atss_r50_fpn_1x_coco": {},
+    "ssd/ssd300_coco": {SCALE: (300, 300)},
+    "ssd/ssdlite_mobilenetv2_scratch_600e_coco": {SCALE: (320, 320)},
+    "yolof/yolof_r50_c5_8x8_1x_coco": {},
+    "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco": {},
+    "fcos/fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head_dcn_1x_coco": {},
+    "fsaf/fsaf_r50_fpn_1x_coco": {},
+    "foveabox/fovea_align_r50_fpn_gn-head_4x4_2x_coco": {},
+    "gfl/gfl_r50_fpn_1x_coco": {},
+    "vfnet/vfnet_r50_fpn_mdconv_c3-c5_mstrain_2x_coco": {},
+    "autoassign/autoassign_r50_fpn_8x2_1x_coco": {},
+    "reppoints/reppoints_moment_r50_fpn_gn-neck+head_1x_coco": {},
+    "yolo/yolov3_mobilenetv2_320_300e_coco": {},
+    "yolox/yolox_tiny_8x8_300e_coco": {SCALE: (416, 416)},
+}  # fmt: skip
+LEAVE_THE_PICTURE = ("yolo", "yolox")  # their boxes are not clipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_one_stage_detector(tmp_path, photographs, capsys, name):
+    folder, _, config = name.partition("/")
+    write_config(config, CONFIGS[name], tmp_path / "config.py")
+    found, _, cells = export_and_compare(tmp_path / "config.py", tmp_path, photographs["coffee"], capsys)
+    TABLES["One-stage detectors"].append([name, *cells])
+    assert len(found.boxes) >= 100
+    assert len(set(found.labels)) >= 5
+
+    upright, detector = photographs["motorcycle"], load(tmp_path)
+    cv2.imwrite(str(tmp_path / "upright.png"), upright)
+    source = mmdetection.load(tmp_path / "config.py", tmp_path / "seeded.pth")
+    second = detector(upright)
+    assert_equal_detections(second, source.detect(tmp_path / "upright.png"))
+    assert len(second.boxes) >= 100
+    assert len(set(second.labels)) >= 5
+    (height, width), boxes = upright.shape[:2], second.boxes
+    outside = (boxes < -1).any() or (boxes > np.float32([width, height] * 2) + 1).any()
+    at_border = (boxes == 0).any() and (np.abs(boxes[:, 2] - width) < 2).any()
+    assert outside if folder in LEAVE_THE_PICTURE else at_border and not outside
+
+
+@pytest.mark.slow
+def test_the_maps_of_atss_for_608_x_608(tmp_path, photographs, capsys):
+    write_config("atss_r50_fpn_1x_coco", {SCALE: (608, 608)}, tmp_path / "config.py")
+    square = np.ascontiguousarray(photographs["astronaut"])
+    assert square.shape == (512, 512, 3)
+    export_and_compare(tmp_path / "config.py", tmp_path, square, capsys)
+    stages = {}
+    load(tmp_path)(square, lambda stage, **arrays: stages.update({stage: arrays}))
+    maps = {name: list(array.shape) for name, array in stages["model"].items() if name != "image"}
+    channels = {"cls": 80, "reg": 4, "centerness": 1}
+    cells = [76, 38, 19, 10, 5]
+    assert maps == {f"{kind}_{i}": [1, c, n, n] for kind, c in channels.items() for i, n in enumerate(cells)}
+
+
+@pytest.mark.parametrize("scale", [(416, 416), (640, 640), (640, 320)])
+def test_letterboxed_pictures_are_bit_equal(photographs, scale):
+    """As YOLOX takes them: neither normalised nor turned into RGB, and padded with grey to a square."""
+    steps = [{"type": "Resize", "keep_ratio": True}, {"type": "RandomFlip"}]
+    steps += [{"type": "Pad", "pad_to_square": True, "pad_val": {"img": (114.0,) * 3}}]
+    steps += [{"type": "DefaultFormatBundle"}, {"type": "Collect", "keys": ["img"]}]
+    augmentation = {"type": "MultiScaleFlipAug", "img_scale": scale, "flip": False, "transforms": steps}
+    pipeline = Compose([{"type": "LoadImageFromWebcam"}, augmentation])
+    nothing = {"mean": (0, 0, 0), "std": (1, 1, 1), "to_rgb": False}
+    settings = Preprocess(scale=scale, pad_divisor=1, pad_to_square=True, pad_value=114, **nothing)
+    for image in photographs.values():
+        expected = pipeline({"img": image})
+        blob, image_size, _, _ = preprocess(image, settings)
+        np.testing.assert_array_equal(blob[0], expected["img"][0].data.numpy())
+        assert blob.shape[2] == blob.shape[3]
+        assert tuple(image_size) == expected["img_metas"][0].data["img_shape"][:2]
+
+
+REFUSED = {  # configs, their changes, and what is named
+    "guided_anchoring/ga_retinanet_r50_caffe_fpn_1x_coco": ({}, "model.bbox_head is a GARetinaHead"),
+    "sabl/sabl_retinanet_r50_fpn_1x_coco": ({}, "model.bbox_head is a SABLRetinaHead"),
+    "paa/paa_r50_fpn_1x_coco": ({}, "model.type is PAA"),
+    "retinanet/retinanet_r50_fpn_1x_coco": (
+        {"model.bbox_head.bbox_coder.clip_border": False}, "bbox_coder.clip_border is False"
+    ),
+    "atss/atss_r50_fpn_1x_coco": ({"model.bbox_head.anchor_generator.strides": [(8, 4), 16, 32, 64, 128]}, "strides"),
+    "gfl/gfl_r50_fpn_1x_coco": ({"model.bbox_head.anchor_generator.center_offset": 0.5}, "center_offset is 0.5"),
+    "fsaf/fsaf_r50_fpn_1x_coco": ({"model.bbox_head.bbox_coder.normalizer": [4, 4, 2, 2]}, "several normalizers"),
+    "yolox/yolox_s_8x8_300e_coco": ({"data.test.pipeline.1.transforms.2.pad_val": {"img": (1, 2, 3)}}, "Pad"),
+    "vfnet/vfnet_r50_fpn_1x_coco": ({"model.test_cfg.nms.type": "nms_match"}, "model.test_cfg.nms has type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_of_one_stage_detectors(tmp_path, capsys, name):
+    changes, words = REFUSED[name]
+    write_config(name.split("/")[1], changes, tmp_path / "config.py")
+    with pytest.raises(SourceError, match=words):
+        mmdetection.load(tmp_path / "config.py", tmp_path / "no.pth")
+    assert words in refusal(capsys, tmp_path, tmp_path / "config.py", tmp_path / "no.pth")
