@@ -7,6 +7,7 @@ from detectors.faster_rcnn import FasterRCNN
 from detectors.fcos import FCOS
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from detectors.networks import ModelError, Network, one_line
+from detectors.paa import PAA
 from detectors.point_rend import PointRend
 from detectors.retina_net import RetinaNet
 from detectors.settings import FORMAT, Header, SettingsError, read, with_option
@@ -22,6 +23,7 @@ FAMILIES = {
     "cascade_mask_rcnn": CascadeMaskRCNN,
     "point_rend": PointRend,
     "retina_net": RetinaNet,
+    "paa": PAA,
     "fcos": FCOS,
     "yolo": YOLO,
 }

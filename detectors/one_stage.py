@@ -7,12 +7,24 @@ where the RPN asks, and NMS is all that follows. What a cell predicts from is it
 families differ in their priors and in `decode`, which makes boxes of them.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from detectors.preprocess import preprocess
 from postprocess import Detections, batched_nms, ignore, rescale, sigmoid, softmax, top_k
 
 MARGIN = 1e-3  # of logits: so near the threshold, rounding may decide, and scores are compared
+
+
+class Candidates(NamedTuple):
+    """What may be detected."""
+
+    boxes: np.ndarray  # [n, 4] float32, in pixels of the resized picture
+    scores: np.ndarray  # [n] float32
+    labels: np.ndarray  # [n] int64
+    priors: np.ndarray  # [n] int64, counted by row, column and prior of the cell
+    levels: np.ndarray  # [n] int64
 
 
 class OneStage:
@@ -29,16 +41,24 @@ class OneStage:
         """Return the Detections in what preprocess returned."""
         record("preprocess", **picture._asdict())
         maps = [tensor[0] for tensor in self.networks["model.onnx"](picture.blob, record)]
-        n, head = len(self.priors(self.settings)), self.settings.head
+        n = len(self.priors(self.settings))
         cls, reg, factors = maps[:n], maps[n : 2 * n], maps[2 * n :] or [None] * n
         sizes = [logits.shape[1:] for logits in cls]
         found = []
         for level, (logits, values, factor) in enumerate(zip(cls, reg, factors)):
             a = self.priors(self.settings)[level]
-            prior, label, score = best_candidates(logits, factor, a, head)
+            prior, label, score = self.choose(logits, factor, a)
             boxes = self.decode(level, sizes, prior, values_of(values, a, prior), picture.image_size)
-            found.append((boxes, score, label, prior, np.full(len(prior), level)))
-        return suppress(*map(np.concatenate, zip(*found)), picture, head, record)
+            found.append(Candidates(boxes, score, label, prior, np.full(len(prior), level)))
+        return self.decide(Candidates(*map(np.concatenate, zip(*found))), picture, record)
+
+    def choose(self, logits, factor, a):
+        """Return the prior, the class and the score [n] of a level's candidates: see best_candidates."""
+        return best_candidates(logits, factor, a, self.settings.head)
+
+    def decide(self, candidates, picture, record=ignore):
+        """Return the Detections among the Candidates of all levels."""
+        return suppress(candidates, picture, self.settings.head, record)
 
     @classmethod
     def tensors(cls, settings):
@@ -67,10 +87,11 @@ def best_candidates(logits, factor, a, settings):
         which, label, cell = np.nonzero(scores > settings.score_threshold)
         scores = scores[which, label, cell]
     else:
-        # Of a million logits few are above the threshold's; only they need an exponential.
-        likely = logits > logit(settings.score_threshold) - MARGIN
+        # Of a million logits few are above the threshold's; only they need an exponential. A factor is 1 at most.
+        lowest = max(settings.score_threshold, 0) ** (2 if settings.combined == "root" else 1)
+        likely = logits > logit(lowest) - MARGIN
         if settings.one_class:
-            likely &= logits == logits.max(axis=1, keepdims=True)
+            likely &= np.arange(logits.shape[1])[:, None] == logits.argmax(axis=1)[:, None]
         which, label, cell = np.nonzero(likely)
         scores = sigmoid(logits[which, label, cell])
     factors = np.ones_like(scores) if factor is None else sigmoid(factor.reshape(a, -1)[which, cell])
@@ -94,12 +115,12 @@ def values_of(values, a, priors):
     return values.reshape(a, len(values) // a, -1)[which, :, cell]
 
 
-def suppress(resized, scores, labels, priors, levels, picture, settings, record=ignore):
-    """Turn the candidates of all levels into Detections, best first, no more than settings.max_per_img.
+def suppress(candidates, picture, settings, record=ignore):
+    """Turn the Candidates of all levels into Detections, best first, no more than settings.max_per_img.
 
-    resized [n, 4]: their boxes, in pixels of the resized picture. They are rescaled to pixels of the picture as it
-    came in; then NMS decides class by class.
+    Their boxes are rescaled to pixels of the picture as it came in; then NMS decides class by class.
     """
+    resized, scores, labels, priors, levels = candidates
     boxes = rescale(resized, picture, settings)
     kept, new_scores = batched_nms(resized if settings.nms_resized else boxes, scores, labels, settings)
     record("detect", candidates=boxes, resized=resized, scores=scores, labels=labels, priors=priors, levels=levels,

@@ -269,6 +269,12 @@ class RetinaNetSettings(Export, kw_only=True):
     head: Dense
 
 
+class PAASettings(RetinaNetSettings, kw_only=True):
+    """What the network of PAA cannot know."""
+
+    type: Literal["paa"] = "paa"
+
+
 class FCOSSettings(Export, kw_only=True):
     """What the network of a one-stage detector without anchors cannot know."""
 

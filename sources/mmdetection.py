@@ -38,6 +38,7 @@ from detectors.settings import (
     Head,
     MaskRCNNSettings,
     Masks,
+    PAASettings,
     PointRendSettings,
     Points,
     Preprocess,
@@ -65,7 +66,7 @@ CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 DETECTORS = (
     "FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN",
     "RetinaNet", "ATSS", "FSAF", "FCOS", "FOVEA", "GFL", "VFNet", "AutoAssign", "RepPointsDetector", "DDOD", "NASFCOS",
-    "SingleStageDetector", "YOLOF", "YOLOV3", "YOLOX",
+    "PAA",     "SingleStageDetector", "YOLOF", "YOLOV3", "YOLOX",
 )  # fmt: skip
 FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     (): FasterRCNNSettings,
@@ -78,13 +79,14 @@ IMAGE_AXES = {0: "N", 2: "H", 3: "W"}  # of a picture, those that are dynamic
 FACTORS = {  # what the heads of one-stage detectors predict beside cls and reg
     "ATSSHead": "centerness",
     "DDODHead": "iou",
+    "PAAHead": "iou",
     "FCOSHead": "centerness",
     "NASFCOSHead": "centerness",
     "AutoAssignHead": "objectness",
     **dict.fromkeys(("YOLOV3Head", "YOLOXHead"), "objectness"),
 }
 ANCHOR_HEADS = ("RetinaHead", "RetinaSepBNHead", "FreeAnchorRetinaHead", "PISARetinaHead", "ATSSHead", "DDODHead",
-                "SSDHead", "PISASSDHead", "YOLOFHead")  # fmt: skip
+                "PAAHead", "SSDHead", "PISASSDHead", "YOLOFHead")  # fmt: skip
 YOLO_HEADS = ("YOLOV3Head", "YOLOXHead")
 POINT_HEADS = ("FCOSHead", "NASFCOSHead", "VFNetHead", "AutoAssignHead", "RepPointsHead", "FoveaHead", "FSAFHead",
                "GFLHead")  # fmt: skip
@@ -416,6 +418,8 @@ def check_one_stage(detector):
         })  # fmt: skip
     elif type(head).__name__ in POINT_HEADS:
         describe_points_of_cells(detector)  # refuses what does not fit before the work begins
+    if hasattr(head, "with_score_voting"):
+        check_values(detector, {"bbox_head.with_score_voting": True})
     if type(head).__name__ not in YOLO_HEADS:
         check_values(detector, {"bbox_head.bbox_coder.clip_border": True})
         if "nms_pre" not in detector.test_cfg:
@@ -696,6 +700,7 @@ def describe_one_stage(detector):
         nms_pre=detector.test_cfg.get("nms_pre", -1),
         softmax=head.cls_out_channels > head.num_classes,
         factor=FACTORS.get(type(head).__name__, ""),
+        combined="root" if hasattr(head, "with_score_voting") else "last",
     )
     if type(head).__name__ in POINT_HEADS:
         return FCOSSettings, {"points": describe_points_of_cells(detector), "head": dense}
@@ -706,7 +711,7 @@ def describe_one_stage(detector):
     )
     clamped = coder.add_ctr_clamp
     deltas = Coder(means=coder.means, stds=coder.stds, shrinks_freely=clamped)
-    return RetinaNetSettings, {
+    return PAASettings if hasattr(head, "with_score_voting") else RetinaNetSettings, {
         "anchors": anchors,
         "deltas": deltas,
         "max_shift": coder.ctr_clamp if clamped else None,

@@ -44,6 +44,7 @@ LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
     "RetinaHead": {"retina_cls": CLS, "retina_reg": SHIFTS},
     "FSAFHead": {"retina_cls": CLS, "retina_reg": (1.0, 0.5)},
     "ATSSHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
+    "PAAHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
     "DDODHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_iou": FACTOR},
     "FCOSHead": {"conv_cls": CLS, "conv_reg": (3.5, 0.4), "conv_centerness": FACTOR},  # logarithms of pixels
     "AutoAssignHead": {"conv_cls": CLS, "conv_reg": (2.0, 1.0), "conv_centerness": FACTOR},  # strides

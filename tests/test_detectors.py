@@ -113,7 +113,7 @@ def load_error(folder):
         (lambda text, name: "[]", ["model1.onnx", "detector", "object"]),
         (change_json(format=1), ["model1.onnx", "format 1", "format 2", "export again"]),
         (change_json(format=3), ["model1.onnx", "format 3", "format 2"]),
-        (change_json(type="yolo"), ["model1.onnx", "'yolo'", "faster_rcnn"]),
+        (change_json(type="yolo_v9"), ["model1.onnx", "'yolo_v9'", "faster_rcnn"]),
         (lambda text, name: '{"format": 2, "type": "faster_rcnn", "pair": "x"}', ["model1.onnx", "missing", "classes"]),
         (lambda text, name: '{"pair": "x"}', ["model1.onnx", "format 0"]),
         (lambda text, name: change_json(pair=name)(text, name), ["different exports", "model1.onnx and model2.onnx"]),

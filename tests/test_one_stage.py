@@ -15,9 +15,10 @@ from test_demo import assert_one_line, call_demo
 
 import detectors
 import evaluate
-from detectors import ModelError, load
+from detectors import Detections, ModelError, load
 from detectors.fcos import FCOS
-from detectors.one_stage import best_candidates, suppress, values_of
+from detectors.one_stage import Candidates, best_candidates, suppress, values_of
+from detectors.paa import PAA, vote
 from detectors.preprocess import Picture
 from detectors.retina_net import RetinaNet
 from detectors.settings import (
@@ -26,6 +27,7 @@ from detectors.settings import (
     Coder,
     Dense,
     FCOSSettings,
+    PAASettings,
     Preprocess,
     RetinaNetSettings,
     YOLOSettings,
@@ -97,6 +99,8 @@ def all_candidates(logits, factor, a, settings):
         {"factor": "centerness", "nms_pre": 9},  # the best by their scores alone
         {"factor": "objectness", "factor_threshold": 0.4, "nms_pre": -1},
         {"factor": "centerness", "combined": "root", "nms_pre": 9},
+        {"factor": "iou", "combined": "root", "nms_pre": -1, "score_threshold": 0.3},
+        {"factor": "iou", "combined": "root", "score_threshold": -1},
         {"factor": "objectness", "combined": "product", "one_class": True},
     ],
 )
@@ -120,6 +124,34 @@ def test_a_score_at_the_threshold_is_no_candidate():
     prior, _, _ = best_candidates(logits, None, 1, settings)
     np.testing.assert_array_equal(prior, [1])
     assert len(best_candidates(logits, None, 1, changed(HEAD, "score_threshold", 1.0))[0]) == 0
+
+
+def test_of_equally_good_classes_the_first_is_the_best():
+    logits = np.float32([1, 3, 3, 2]).reshape(4, 1, 1)
+    settings = msgspec.structs.replace(HEAD, one_class=True)
+    np.testing.assert_array_equal(best_candidates(logits, None, 1, settings)[1], [1])
+
+
+def test_paa_chooses_all_classes_of_its_best_priors():
+    logits = np.float32([[3, -9, 1, 0], [2.9, -9, -9, 0.5], [-9, -9, 2, -9]]).reshape(3, 1, 4)  # classes, cells
+    coder, changes = Coder(means=NO_MEANS, stds=(1, 1, 1, 1)), {"factor": "iou", "combined": "root"}
+    detector = anchored(PAA, PAASettings, deltas=coder)
+    for limit, expected in ((2, {(0, 0), (0, 1), (2, 0), (2, 2)}), (1, {(0, 0), (0, 1)}), (-1, None)):
+        head = msgspec.structs.replace(HEAD, nms_pre=limit, **changes)
+        detector.settings = msgspec.structs.replace(detector.settings, head=head)
+        prior, label, score = detector.choose(logits, np.zeros((1, 1, 4), np.float32), 1)
+        assert set(zip(prior, label)) == (expected or {(0, 0), (0, 1), (2, 0), (2, 2), (3, 0), (3, 1)})
+        np.testing.assert_allclose(score, np.sqrt(sigmoid(logits[label, 0, prior]) / 2), rtol=1e-6)
+
+
+def test_candidates_vote_on_the_box_of_a_detection():
+    """The weights by hand: scores times exp(-(1 - IoU)^2 / 0.025); other classes and those far away have no vote."""
+    boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 12], [40, 40, 50, 50], [0, 0, 10, 10], [9.9, 0, 20, 10]])
+    scores, labels = np.float32([0.9, 0.6, 0.8, 0.7, 0.5]), np.array([0, 0, 0, 1, 0])
+    voted = vote(Detections(boxes[:1], scores[:1], labels[:1]), boxes, scores, labels)
+    weights = np.array([0.9, 0.6 * np.exp(-((1 - 10 / 12) ** 2) / 0.025)])  # the last one's IoU is below 0.01
+    np.testing.assert_allclose(voted.boxes, [weights @ boxes[:2] / weights.sum()], rtol=1e-6)
+    np.testing.assert_array_equal(voted.scores, scores[:1])
 
 
 # ------------------------------------------------------------------ decoding
@@ -191,8 +223,8 @@ def suppressed(boxes, scores, labels, scale, settings):
     """Return what suppress keeps of boxes in a picture that was resized by `scale`."""
     n, scale = len(boxes), np.float32([scale] * 4)
     picture = Picture(np.zeros((1, 3, 1, 1), np.float32), SIZE, scale, (1, 1))
-    return suppress(np.float32(boxes), np.float32(scores), np.array(labels), np.arange(n), np.zeros(n, int), picture,
-                    settings)  # fmt: skip
+    candidates = np.float32(boxes), np.float32(scores), np.array(labels), np.arange(n), np.zeros(n, int)
+    return suppress(Candidates(*candidates), picture, settings)
 
 
 def test_the_best_box_of_each_class_stays():

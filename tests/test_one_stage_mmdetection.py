@@ -21,6 +21,7 @@ CONFIGS = {  # and what is changed in them, beside the size of the pictures
     "retinanet/retinanet_r50_fpn_1x_coco": {},
     "free_anchor/retinanet_free_anchor_r50_fpn_1x_coco": {},
     "atss/atss_r50_fpn_1x_coco": {},
+    "paa/paa_r50_fpn_1x_coco": {},
     "ssd/ssd300_coco": {SCALE: (300, 300)},
     "ssd/ssdlite_mobilenetv2_scratch_600e_coco": {SCALE: (320, 320)},
     "yolof/yolof_r50_c5_8x8_1x_coco": {},
@@ -96,7 +97,9 @@ def test_letterboxed_pictures_are_bit_equal(photographs, scale):
 REFUSED = {  # configs, their changes, and what is named
     "guided_anchoring/ga_retinanet_r50_caffe_fpn_1x_coco": ({}, "model.bbox_head is a GARetinaHead"),
     "sabl/sabl_retinanet_r50_fpn_1x_coco": ({}, "model.bbox_head is a SABLRetinaHead"),
-    "paa/paa_r50_fpn_1x_coco": ({}, "model.type is PAA"),
+    "paa/paa_r50_fpn_1x_coco": (
+        {"model.bbox_head.with_score_voting": False}, "model.bbox_head.with_score_voting is False"
+    ),
     "retinanet/retinanet_r50_fpn_1x_coco": (
         {"model.bbox_head.bbox_coder.clip_border": False}, "bbox_coder.clip_border is False"
     ),
