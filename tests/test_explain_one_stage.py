@@ -99,6 +99,16 @@ def test_the_root_of_the_product(pipeline_of):
     assert "root" in explain_one_stage.draw_scores(p).text
 
 
+def test_the_best_candidates_are_drawn(points):
+    """With a factor, the candidates are not in the order of their scores."""
+    left = explain_one_stage.draw_candidates(points, shown=5).figure.axes[0]
+    scores = points.detect["scores"]
+    assert not (np.diff(scores) <= 0).all()
+    best = points.detect["resized"][np.sort(np.argsort(-scores)[:5])]
+    drawn = [tuple(path.vertices[0]) for path in left.collections[0].get_paths()]
+    assert set(drawn) == {tuple(box[:2]) for box in best.astype(float)}
+
+
 def test_candidates_before_and_after_nms(anchors):
     page = explain_one_stage.draw_candidates(anchors, shown=5)
     before, kept, after = (len(part) for part in (*map(anchors.detect.get, ("candidates", "kept")),

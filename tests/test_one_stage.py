@@ -133,14 +133,14 @@ def test_of_equally_good_classes_the_first_is_the_best():
 
 
 def test_paa_chooses_all_classes_of_its_best_priors():
-    logits = np.float32([[3, -9, 1, 0], [2.9, -9, -9, 0.5], [-9, -9, 2, -9]]).reshape(3, 1, 4)  # classes, cells
+    logits = np.float32([[0, 1, -9, 3], [0.5, -9, -9, 2.9], [-9, 2, -9, -9]]).reshape(3, 1, 4)  # classes, cells
     coder, changes = Coder(means=NO_MEANS, stds=(1, 1, 1, 1)), {"factor": "iou", "combined": "root"}
     detector = anchored(PAA, PAASettings, deltas=coder)
-    for limit, expected in ((2, {(0, 0), (0, 1), (2, 0), (2, 2)}), (1, {(0, 0), (0, 1)}), (-1, None)):
+    for limit, expected in ((2, {(3, 0), (3, 1), (1, 0), (1, 2)}), (1, {(3, 0), (3, 1)}), (-1, None)):
         head = msgspec.structs.replace(HEAD, nms_pre=limit, **changes)
         detector.settings = msgspec.structs.replace(detector.settings, head=head)
         prior, label, score = detector.choose(logits, np.zeros((1, 1, 4), np.float32), 1)
-        assert set(zip(prior, label)) == (expected or {(0, 0), (0, 1), (2, 0), (2, 2), (3, 0), (3, 1)})
+        assert set(zip(prior, label)) == (expected or {(3, 0), (3, 1), (1, 0), (1, 2), (0, 0), (0, 1)})
         np.testing.assert_allclose(score, np.sqrt(sigmoid(logits[label, 0, prior]) / 2), rtol=1e-6)
 
 

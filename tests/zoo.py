@@ -311,6 +311,8 @@ def table_rows(outcomes):
 
 def describe(row):
     """Return an outcome that is not `works` in a few words."""
+    if row["outcome"] == "failed" and row["reason"].startswith("detections: "):
+        return f"failed: detections differ by up to {row['pixels']:.0e} px, {row['score']:.1e} in score"
     if row["outcome"] == "failed":
         return f"failed: {short(row['reason'])}"
     return short(row["reason"]) or row["outcome"]
