@@ -54,7 +54,7 @@ LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
     "RepPointsHead": {
         "reppoints_cls_out": CLS,
         "reppoints_pts_init_out": (0.0, 0.7),
-        "reppoints_pts_refine_out": (0.0, 1.0),
+        "reppoints_pts_refine_out": (0.0, 3.0),
     },
     "YOLOFHead": {"cls_score": (-1.0, 1.2), "bbox_pred": SHIFTS, "object_pred": (-4.0, 1.0)},
     "SSDHead": {"cls_convs": (0.0, 1.5), "reg_convs": SHIFTS},
@@ -181,7 +181,7 @@ def scale_one_stage(head, features):
             hook = layer.register_forward_hook(lambda layer, inputs, output, outputs=outputs: outputs.append(output))
             head(features)
             hook.remove()
-            if outputs[0][0, 0].numel() > 1:  # SSD's last map has a single cell, which has no deviation
+            if outputs[0][0, 0].numel() > 9:  # SSD's last maps have so few cells that their deviation says little
                 scale_layer(layer, outputs, deviation)
             layer.bias += mean
 

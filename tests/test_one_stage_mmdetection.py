@@ -30,7 +30,7 @@ CONFIGS = {  # and what is changed in them, beside the size of the pictures
     "fsaf/fsaf_r50_fpn_1x_coco": {},
     "foveabox/fovea_align_r50_fpn_gn-head_4x4_2x_coco": {},
     "gfl/gfl_r50_fpn_1x_coco": {},
-    "vfnet/vfnet_r50_fpn_mdconv_c3-c5_mstrain_2x_coco": {},
+    "vfnet/vfnet_r50_fpn_1x_coco": {},
     "autoassign/autoassign_r50_fpn_8x2_1x_coco": {},
     "reppoints/reppoints_moment_r50_fpn_gn-neck+head_1x_coco": {},
     "yolo/yolov3_mobilenetv2_320_300e_coco": {},
@@ -58,8 +58,8 @@ def test_a_one_stage_detector(tmp_path, photographs, capsys, name):
     assert len(set(second.labels)) >= 5
     (height, width), boxes = upright.shape[:2], second.boxes
     outside = (boxes < -1).any() or (boxes > np.float32([width, height] * 2) + 1).any()
-    at_border = (boxes == 0).any() and (np.abs(boxes[:, 2] - width) < 2).any()
-    assert outside if folder in LEAVE_THE_PICTURE else at_border and not outside
+    at_border = np.isclose(boxes, 0, atol=1e-3) | np.isclose(boxes, np.float32([width, height] * 2), atol=1.5)
+    assert outside if folder in LEAVE_THE_PICTURE else at_border.any() and not outside
 
 
 @pytest.mark.slow
