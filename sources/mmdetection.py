@@ -801,10 +801,11 @@ def describe_preprocessing(cfg):
 def describe_padding(pad):
     """Return the settings of a step of a test pipeline that pads, {} if there is none."""
     value = pad.get("pad_val", 0)
-    values = value.get("img", 0) if isinstance(value, dict) else value
-    values = set(values) if isinstance(values, (list, tuple)) else {values}
+    value = value.get("img", 0) if isinstance(value, dict) else value
+    # A single number other than zero would pad the first channel only, as OpenCV does.
+    values = set(value) if isinstance(value, (list, tuple)) and len(value) == 3 else {value, 0}
     if len(values) > 1 or pad.get("size"):
-        raise SourceError(f"data.test.pipeline: {pad} cannot be exported")
+        raise SourceError(f"data.test.pipeline: {pad} cannot be exported: its pad_val needs three equal numbers")
     return {
         "pad_divisor": pad.get("size_divisor") or 1,
         "pad_to_square": pad.get("pad_to_square", False),

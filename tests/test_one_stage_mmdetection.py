@@ -98,7 +98,7 @@ REFUSED = {  # configs, their changes, and what is named
     "guided_anchoring/ga_retinanet_r50_caffe_fpn_1x_coco": ({}, "model.bbox_head is a GARetinaHead"),
     "sabl/sabl_retinanet_r50_fpn_1x_coco": ({}, "model.bbox_head is a SABLRetinaHead"),
     "paa/paa_r50_fpn_1x_coco": (
-        {"model.bbox_head.with_score_voting": False}, "model.bbox_head.with_score_voting is False"
+        {"model.bbox_head.score_voting": False}, "model.bbox_head.with_score_voting is False"
     ),
     "retinanet/retinanet_r50_fpn_1x_coco": (
         {"model.bbox_head.bbox_coder.clip_border": False}, "bbox_coder.clip_border is False"
