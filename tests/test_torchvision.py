@@ -538,7 +538,7 @@ def test_checkpoints_that_do_not_fit(checkpoints, shapes_checkpoint, tmp_path):
 
 def test_set_is_not_for_mmdetection(tmp_path):
     pytest.importorskip("mmdet", reason="needs MMDetection: uv run --extra export pytest")
-    assert_refused(["--set", "min_size=600", "--out", tmp_path], "--set min_size", "the config")
+    assert_refused(["--set", "min_size=600", "--out", tmp_path], "--set is not for mmdetection", "--cfg-options")
 
 
 def test_without_torchvision_the_command_that_installs_it_is_named(monkeypatch):
