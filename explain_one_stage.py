@@ -61,7 +61,7 @@ def draw_priors(p):
     height, width = p.resized.shape[:2]
     for level, axis in enumerate(axes):
         map_height, map_width = p.anchors[level].shape[:2]
-        axis.set_title(f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fontsize=11)
+        axis.set_title(f"level {level}, stride {p.strides[level]:g}: {map_width} x {map_height} cells", fontsize=11)
         if has_anchors(p):
             draw_some_anchors(axis, p, level)
         else:
@@ -108,7 +108,7 @@ def draw_scores(p):
     best = max(scores.max() for scores in p.scores)
     figure, axes = level_panels(p, fade=0.3)
     for level, (axis, scores) in enumerate(zip(axes, p.scores)):
-        axis.set_title(f"level {level}, stride {p.strides[level]}: best {scores.max():.2f}", fontsize=11)
+        axis.set_title(f"level {level}, stride {p.strides[level]:g}: best {scores.max():.2f}", fontsize=11)
         extent = extent_of(p.anchors[level], p.strides[level])
         alpha = 0.2 + 0.7 * scores  # where there is nothing the picture shows
         axis.imshow(scores, cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")

@@ -11,6 +11,7 @@ from detectors.paa import PAA
 from detectors.point_rend import PointRend
 from detectors.retina_net import RetinaNet
 from detectors.settings import FORMAT, Header, SettingsError, read, with_option
+from detectors.tood import TOOD
 from detectors.yolo import YOLO
 from postprocess import Detections
 
@@ -25,6 +26,7 @@ FAMILIES = {
     "retina_net": RetinaNet,
     "paa": PAA,
     "fcos": FCOS,
+    "tood": TOOD,
     "yolo": YOLO,
 }
 FIRST = ("model1.onnx", "model.onnx")  # the files that take the picture: of two stages, and of one

@@ -7,9 +7,9 @@ the box. FoveaBox (1904.03797), FSAF (1903.00621), VarifocalNet (2008.13367), Au
 
 import numpy as np
 
-from detectors.one_stage import OneStage
+from detectors.one_stage import OneStage, sizes_of, values_of
 from detectors.settings import FCOSSettings
-from postprocess import softmax
+from postprocess import map_stride, softmax
 
 
 class FCOS(OneStage):
@@ -17,19 +17,20 @@ class FCOS(OneStage):
 
     Settings = FCOSSettings
 
-    def decode(self, level, sizes, priors, distances, image_size):
-        """Return the boxes [n, 4] around some points of a level; sizes: of all levels' maps.
+    def decode(self, level, levels, priors, image_size):
+        """Return the boxes [n, 4] around some points of a level; levels: the maps of each.
 
-        distances [n, 4]: to the left, upper, right and lower side, in units; with `bins` [n, 4 * bins], logits of the
-        distribution of each distance. FCOS, section 3.1, equation 1; GFL, section 3, equation 5.
+        The values of a point are the distances to the left, upper, right and lower side, in units; with `bins`, they
+        are logits of the distribution of each. FCOS, section 3.1, equation 1; GFL, section 3, equation 5.
         """
-        points, (height, width) = self.settings.points, image_size
+        points, sizes, (height, width) = self.settings.points, sizes_of(levels), image_size
+        distances = values_of(levels[level]["reg"], 1, priors)
         if points.bins:
             distances = softmax(distances.reshape(-1, 4, points.bins)) @ np.arange(points.bins, dtype=np.float32)
         elif points.exponential:
             distances = np.exp(distances)
         distances = distances * np.float32(points.units[level])
-        centers = grid_points(sizes[level], points.strides[level], points.offset, priors)
+        centers = grid_points(sizes[level], map_stride(level, sizes, points), points.offset, priors)
         boxes = np.concatenate([centers - distances[:, :2], centers + distances[:, 2:]], axis=1)
         return np.clip(boxes, 0, np.float32([width, height] * 2) - np.float32(points.last_pixel))
 
@@ -39,12 +40,16 @@ class FCOS(OneStage):
         return [1] * len(settings.points.strides)
 
     @staticmethod
-    def values(settings):
-        """Return how many numbers the network says of a point's box."""
-        return 4 * max(settings.points.bins, 1)
+    def kinds(settings):
+        """Return the kinds of maps, and how many channels they have for each point."""
+        return {**OneStage.kinds(settings), "reg": 4 * max(settings.points.bins, 1)}
 
 
 def grid_points(feature_size, stride, offset, indices):
-    """Return some points [n, 2] of a level, counted by row and column of its map of (height, width) cells."""
+    """Return some points [n, 2] of a level, counted by row and column of its map of (height, width) cells.
+
+    `stride` is one number, or four if it differs along x and y.
+    """
     y, x = np.divmod(indices, feature_size[1])
-    return np.stack([x, y], axis=1).astype(np.float32) * np.float32(stride) + np.float32(offset * stride)
+    stride = np.broadcast_to(np.float32(stride), 4)[:2]
+    return np.stack([x, y], axis=1).astype(np.float32) * stride + np.float32(offset) * stride

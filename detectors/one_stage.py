@@ -28,7 +28,7 @@ class Candidates(NamedTuple):
 
 
 class OneStage:
-    """What the families share; each adds its Settings, `decode`, and how many priors and values a cell has."""
+    """What the families share; each adds its Settings, `decode`, and how many priors a cell has."""
 
     def __init__(self, settings, networks):
         self.settings, self.classes, self.networks = settings, settings.classes, networks
@@ -41,14 +41,13 @@ class OneStage:
         """Return the Detections in what preprocess returned."""
         record("preprocess", **picture._asdict())
         maps = [tensor[0] for tensor in self.networks["model.onnx"](picture.blob, record)]
-        n = len(self.priors(self.settings))
-        cls, reg, factors = maps[:n], maps[n : 2 * n], maps[2 * n :] or [None] * n
-        sizes = [logits.shape[1:] for logits in cls]
+        priors, kinds = self.priors(self.settings), self.kinds(self.settings)
+        levels = [dict(zip(kinds, maps[level :: len(priors)])) for level in range(len(priors))]
         found = []
-        for level, (logits, values, factor) in enumerate(zip(cls, reg, factors)):
-            a = self.priors(self.settings)[level]
-            prior, label, score = self.choose(logits, factor, a)
-            boxes = self.decode(level, sizes, prior, values_of(values, a, prior), picture.image_size)
+        for level, a in enumerate(priors):
+            factor = levels[level].get(self.settings.head.factor)
+            prior, label, score = self.choose(levels[level]["cls"], factor, a)
+            boxes = self.decode(level, levels, prior, picture.image_size)
             found.append(Candidates(boxes, score, label, prior, np.full(len(prior), level)))
         return self.decide(Candidates(*map(np.concatenate, zip(*found))), picture, record)
 
@@ -63,14 +62,18 @@ class OneStage:
     @classmethod
     def tensors(cls, settings):
         """Return the tensors of the network, {file: {name: shape}}: see Network.expect."""
-        head, levels = settings.head, cls.priors(settings)
-        kinds = {"cls": len(settings.classes) + head.softmax, "reg": cls.values(settings)}
-        if head.factor:
-            kinds[head.factor] = 1
         maps = {
-            f"{kind}_{i}": ("N", a * c, f"h_{i}", f"w_{i}") for kind, c in kinds.items() for i, a in enumerate(levels)
+            f"{kind}_{i}": ("N", a * channels, f"h_{i}", f"w_{i}")
+            for kind, channels in cls.kinds(settings).items()
+            for i, a in enumerate(cls.priors(settings))
         }
         return {"model.onnx": {"image": ("N", 3, "H", "W"), **maps}}
+
+    @staticmethod
+    def kinds(settings):
+        """Return the kinds of maps, and how many channels they have for each prior of a cell."""
+        factor = {settings.head.factor: 1} if settings.head.factor else {}
+        return {"cls": len(settings.classes) + settings.head.softmax, "reg": 4, **factor}
 
 
 def best_candidates(logits, factor, a, settings):
@@ -109,10 +112,23 @@ def logit(score):
         return np.log(score) - np.log1p(-score)
 
 
+def sizes_of(levels):
+    """Return the (height, width) of the maps of each level."""
+    return [maps["cls"].shape[1:] for maps in levels]
+
+
 def values_of(values, a, priors):
     """Return what a map [a * v, h, w] holds for some of the priors [n], of which a cell has a: [n, v]."""
     cell, which = np.divmod(priors, a)
     return values.reshape(a, len(values) // a, -1)[which, :, cell]
+
+
+def best_of_each_class(candidates, count):
+    """Return the indices of the best Candidates of each class, no more than `count` of one."""
+    classes = [np.flatnonzero(candidates.labels == label) for label in np.unique(candidates.labels)]
+    return np.concatenate([members[top_k(candidates.scores[members], count)] for members in classes] or [[]]).astype(
+        int
+    )
 
 
 def suppress(candidates, picture, settings, record=ignore):
@@ -120,6 +136,9 @@ def suppress(candidates, picture, settings, record=ignore):
 
     Their boxes are rescaled to pixels of the picture as it came in; then NMS decides class by class.
     """
+    if settings.nms_pre_per_class is not None:
+        chosen = best_of_each_class(candidates, settings.nms_pre_per_class)
+        candidates = Candidates(*(field[chosen] for field in candidates))
     resized, scores, labels, priors, levels = candidates
     boxes = rescale(resized, picture, settings)
     kept, new_scores = batched_nms(resized if settings.nms_resized else boxes, scores, labels, settings)

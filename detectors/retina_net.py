@@ -7,7 +7,7 @@ the anchor is to the middle of its object. SSD (1512.02325) has other anchors on
 
 import numpy as np
 
-from detectors.one_stage import OneStage
+from detectors.one_stage import OneStage, sizes_of, values_of
 from detectors.settings import RetinaNetSettings
 from postprocess import decode_boxes, grid_anchors, map_stride
 
@@ -17,22 +17,22 @@ class RetinaNet(OneStage):
 
     Settings = RetinaNetSettings
 
-    def decode(self, level, sizes, priors, deltas, image_size):
-        """Return the boxes [n, 4] that deltas [n, 4] make of some anchors of a level; sizes: of all levels' maps."""
-        anchors = self.settings.anchors
-        stride = map_stride(level, sizes, anchors)
-        boxes = grid_anchors(np.float32(anchors.boxes[level]), sizes[level], stride, priors)
+    def decode(self, level, levels, priors, image_size):
+        """Return the boxes [n, 4] that a level's map of deltas makes of some anchors; levels: the maps of each."""
+        boxes, deltas = self.anchors_and_values(level, levels, priors)
         if self.settings.max_shift is not None:
             limits = np.float32(self.settings.max_shift) / (boxes[:, 2:] - boxes[:, :2])
             deltas = np.hstack([np.clip(deltas[:, :2], -limits, limits), deltas[:, 2:]])
         return decode_boxes(boxes, deltas, self.settings.deltas, image_size)
 
+    def anchors_and_values(self, level, levels, priors):
+        """Return some anchors [n, 4] of a level, and what the network says of them [n, 4]."""
+        anchors, sizes = self.settings.anchors, sizes_of(levels)
+        base = np.float32(anchors.boxes[level])
+        boxes = grid_anchors(base, sizes[level], map_stride(level, sizes, anchors), priors)
+        return boxes, values_of(levels[level]["reg"], len(base), priors)
+
     @staticmethod
     def priors(settings):
         """Return how many anchors a cell has, level by level."""
         return [len(boxes) for boxes in settings.anchors.boxes]
-
-    @staticmethod
-    def values(settings):
-        """Return how many numbers the network says of an anchor's box."""
-        return 4

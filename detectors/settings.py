@@ -148,7 +148,7 @@ class Points(Settings, kw_only=True):
 class CellAnchors(Settings, kw_only=True):
     """The anchors of a one-stage detector; strides and boxes are one per level, the finest first."""
 
-    strides: Counts  # distance between two neighbouring cells
+    strides: Positives  # distance between two neighbouring cells
     boxes: Annotated[Tuple[Boxes, ...], msgspec.Meta(min_length=1)]  # the anchors of the first cell, in the upper left
     strides_of_maps: bool = False  # cells are as far apart as their map's side divides the input's, see map_stride
 
@@ -166,6 +166,7 @@ class CellPoints(Settings, kw_only=True):
     units: Positives  # how many pixels a distance of 1 is
     exponential: bool = False  # the network predicts the distances' logarithms
     bins: Natural = 0  # a distance is the mean of a distribution over 0, 1, ... bins - 1; 0: it is predicted as such
+    strides_of_maps: bool = False  # points are as far apart as their map's side divides the input's, see map_stride
     last_pixel: bool = False  # boxes end at the centres of the last pixels, not at the picture's border
 
     def __post_init__(self):
@@ -179,6 +180,7 @@ class Dense(Suppression, kw_only=True):
 
     score_threshold: Number  # a class is dropped unless its score is above it
     nms_pre: int  # how many candidates of each level are decoded, best first; below 1: all
+    nms_pre_per_class: Optional[Count] = None  # how many of each class, of all levels, NMS sees; None: all
     softmax: bool = False  # the classes and the background, the last, compete; False: each class has its own sigmoid
     one_class: bool = False  # a prior is a candidate for its best class alone
     factor: Text = ""  # the name of a map whose sigmoid is a factor of all classes' scores, such as centerness
@@ -281,6 +283,12 @@ class FCOSSettings(Export, kw_only=True):
     type: Literal["fcos"] = "fcos"
     points: CellPoints
     head: Dense
+
+
+class TOODSettings(FCOSSettings, kw_only=True):
+    """What the network of TOOD cannot know."""
+
+    type: Literal["tood"] = "tood"
 
 
 class YOLOSettings(Export, kw_only=True):

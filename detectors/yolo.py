@@ -8,7 +8,7 @@ import numpy as np
 
 from detectors.retina_net import RetinaNet
 from detectors.settings import YOLOSettings
-from postprocess import grid_anchors, sigmoid
+from postprocess import sigmoid
 
 
 class YOLO(RetinaNet):
@@ -16,15 +16,14 @@ class YOLO(RetinaNet):
 
     Settings = YOLOSettings
 
-    def decode(self, level, sizes, priors, values, image_size):
-        """Return the boxes [n, 4] of some anchors of a level; they may leave the picture.
+    def decode(self, level, levels, priors, image_size):
+        """Return the boxes [n, 4] of some anchors of a level; they may leave the picture. levels: the maps of each.
 
-        values [n, 4]: how the centre moves along x and y, in strides, and the logarithms of the factors of width and
-        height. YOLOv3, section 2.1; YOLOX, section 2.1.
+        The four values are how the centre moves along x and y, in strides, and the logarithms of the factors of width
+        and height. YOLOv3, section 2.1; YOLOX, section 2.1.
         """
-        anchors = self.settings.anchors
-        stride = np.float32(anchors.strides[level])
-        boxes = grid_anchors(np.float32(anchors.boxes[level]), sizes[level], stride, priors)
+        boxes, values = self.anchors_and_values(level, levels, priors)
+        stride = np.float32(self.settings.anchors.strides[level])
         shifts = sigmoid(values[:, :2]) - np.float32(0.5) if self.settings.within_cell else values[:, :2]
         centers = (boxes[:, :2] + boxes[:, 2:]) * np.float32(0.5) + shifts * stride
         half_sizes = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.exp(values[:, 2:])

@@ -47,6 +47,7 @@ from detectors.settings import (
     RetinaNetSettings,
     RoIs,
     SettingsError,
+    TOODSettings,
     YOLOSettings,
     read,
     write,
@@ -66,7 +67,7 @@ CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 DETECTORS = (
     "FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN",
     "RetinaNet", "ATSS", "FSAF", "FCOS", "FOVEA", "GFL", "VFNet", "AutoAssign", "RepPointsDetector", "DDOD", "NASFCOS",
-    "PAA",     "SingleStageDetector", "YOLOF", "YOLOV3", "YOLOX",
+    "PAA", "TOOD",     "SingleStageDetector", "YOLOF", "YOLOV3", "YOLOX",
 )  # fmt: skip
 FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     (): FasterRCNNSettings,
@@ -80,6 +81,7 @@ FACTORS = {  # what the heads of one-stage detectors predict beside cls and reg
     "ATSSHead": "centerness",
     "DDODHead": "iou",
     "PAAHead": "iou",
+    "TOODHead": "alignment offset",
     "FCOSHead": "centerness",
     "NASFCOSHead": "centerness",
     "AutoAssignHead": "objectness",
@@ -88,8 +90,8 @@ FACTORS = {  # what the heads of one-stage detectors predict beside cls and reg
 ANCHOR_HEADS = ("RetinaHead", "RetinaSepBNHead", "FreeAnchorRetinaHead", "PISARetinaHead", "ATSSHead", "DDODHead",
                 "PAAHead", "SSDHead", "PISASSDHead", "YOLOFHead")  # fmt: skip
 YOLO_HEADS = ("YOLOV3Head", "YOLOXHead")
-POINT_HEADS = ("FCOSHead", "NASFCOSHead", "VFNetHead", "AutoAssignHead", "RepPointsHead", "FoveaHead", "FSAFHead",
-               "GFLHead")  # fmt: skip
+POINT_HEADS = ("FCOSHead", "TOODHead", "NASFCOSHead", "VFNetHead", "AutoAssignHead", "RepPointsHead", "FoveaHead",
+               "FSAFHead", "GFLHead")  # fmt: skip
 
 
 def load(config, checkpoint, trust=False, names=None, options=()):
@@ -193,6 +195,8 @@ class DenseHead(torch.nn.Module):
         head, features = self.detector.bbox_head, self.detector.extract_feat(image)
         if type(head).__name__ == "FCOSHead":
             cls, reg, *factor = zip(*map(functools.partial(fcos_maps, head), features, head.scales))
+        elif type(head).__name__ == "TOODHead":
+            cls, reg, *factor = zip(*map(functools.partial(tood_maps, head), features, head.scales))
         elif type(head).__name__ == "YOLOV3Head":
             cls, reg, *factor = zip(*map(functools.partial(yolo_maps, head), head(features)[0][::-1]))
         else:
@@ -207,6 +211,19 @@ def fcos_maps(head, features, scale):
     cls, reg, cls_features, reg_features = AnchorFreeHead.forward_single(head, features)
     reg = scale(reg).clamp(min=0) if head.norm_on_bbox else scale(reg)
     return cls, reg, head.conv_centerness(reg_features if head.centerness_on_reg else cls_features)
+
+
+def tood_maps(head, features, scale):
+    """Return cls, reg, alignment and offset of one level; MMDetection's head would go on and read the boxes there."""
+    maps = []
+    for layer in head.inter_convs:
+        features = layer(features)
+        maps.append(features)
+    maps = torch.cat(maps, dim=1)
+    mean = torch.nn.functional.adaptive_avg_pool2d(maps, (1, 1))
+    cls = head.tood_cls(head.cls_decomp(maps, mean))
+    reg = scale(head.tood_reg(head.reg_decomp(maps, mean)).exp())
+    return cls, reg, head.cls_prob_module(maps), head.reg_offset_module(maps)
 
 
 def yolo_maps(head, values):
@@ -230,7 +247,7 @@ def networks(detector):
 def networks_of_one_stage(detector):
     """Return the network by the name of its file."""
     head, preprocess = detector.bbox_head, describe_preprocessing(detector.cfg)
-    kinds = ["cls", "reg", *filter(None, [FACTORS.get(type(head).__name__)])]
+    kinds = ["cls", "reg", *FACTORS.get(type(head).__name__, "").split()]
     levels = range(len(head.prior_generator.strides))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in kinds for i in levels}
     size = (256, 320) if preprocess.keep_ratio else preprocess.scale[::-1]  # SSD's maps would vanish
@@ -418,6 +435,8 @@ def check_one_stage(detector):
         })  # fmt: skip
     elif type(head).__name__ in POINT_HEADS:
         describe_points_of_cells(detector)  # refuses what does not fit before the work begins
+    if type(head).__name__ == "TOODHead":
+        check_values(detector, {"bbox_head.anchor_type": "anchor_free"})
     if hasattr(head, "with_score_voting"):
         check_values(detector, {"bbox_head.with_score_voting": True})
     if type(head).__name__ not in YOLO_HEADS:
@@ -699,11 +718,14 @@ def describe_one_stage(detector):
         **describe_nms(detector.test_cfg),
         nms_pre=detector.test_cfg.get("nms_pre", -1),
         softmax=head.cls_out_channels > head.num_classes,
-        factor=FACTORS.get(type(head).__name__, ""),
-        combined="root" if hasattr(head, "with_score_voting") else "last",
+        factor=FACTORS.get(type(head).__name__, "").split(" ")[0],
+        combined="root" if type(head).__name__ in ("PAAHead", "TOODHead") else "last",
     )
     if type(head).__name__ in POINT_HEADS:
-        return FCOSSettings, {"points": describe_points_of_cells(detector), "head": dense}
+        return TOODSettings if type(head).__name__ == "TOODHead" else FCOSSettings, {
+            "points": describe_points_of_cells(detector),
+            "head": dense,
+        }
     generator, coder = head.prior_generator, head.bbox_coder
     anchors = CellAnchors(
         strides=[stride[0] for stride in generator.strides],

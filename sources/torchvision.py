@@ -1,17 +1,19 @@
-"""torchvision: its Faster R-CNNs and Mask R-CNNs as the networks and the settings of an export.
+"""torchvision: its Faster R-CNNs, Mask R-CNNs and one-stage detectors as the networks and the settings of an export.
 
 They differ from MMDetection's in settings, and in the place of the background, which is class 0 of torchvision. The
-exported head has it last, the exported mask head lacks it; so a label is a position in the list of classes and a mask's
-channel, and torchvision's own label is one more.
+exported heads have it last, the exported mask head lacks it; so a label is a position in the list of classes and a
+mask's channel, and torchvision's own label is one more. Only RetinaNet and FCOS have no background, but a class 0 that
+was never trained; it has no name.
 """
 
 import ast
 import copy
 import hashlib
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import cv2
 import msgspec
@@ -19,14 +21,21 @@ import numpy as np
 import torch
 import torchvision
 from torchvision.models import get_model_builder, get_model_weights
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import FrozenBatchNorm2d
 from typing_extensions import Annotated
 
 from detectors import Detections, one_line, rle
 from detectors.settings import (
     Anchors,
+    CellAnchors,
+    CellPoints,
+    Coder,
     Count,
+    Dense,
     FasterRCNNSettings,
+    FCOSSettings,
     Head,
     MaskRCNNSettings,
     Masks,
@@ -34,6 +43,7 @@ from detectors.settings import (
     Positive,
     Preprocess,
     Proposals,
+    RetinaNetSettings,
     RoIs,
     SettingsError,
     read,
@@ -43,22 +53,18 @@ from sources import Network, Source, SourceError
 from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
 
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
-FROZEN_EPS = {  # of the frozen batch normalisation in what each builder's own weights, or others from them, trained
-    "fasterrcnn_resnet50_fpn": 0.0,
-    "fasterrcnn_resnet50_fpn_v2": 1e-5,
-    "fasterrcnn_mobilenet_v3_large_fpn": 1e-5,
-    "fasterrcnn_mobilenet_v3_large_320_fpn": 1e-5,
-    "maskrcnn_resnet50_fpn": 0.0,
-    "maskrcnn_resnet50_fpn_v2": 1e-5,
-}
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-OPTIONS = {  # the builders' arguments that change what is detected
+NORMALISED = {"image_mean": Tuple[Number, Number, Number], "image_std": Tuple[Positive, Positive, Positive]}
+RESIZED = {
     "min_size": Count,
     "max_size": Count,
     "fixed_size": Tuple[Count, Count],
     "size_divisible": Count,
-    "image_mean": Tuple[Number, Number, Number],
-    "image_std": Tuple[Positive, Positive, Positive],
+    **NORMALISED,
+    "frozen_eps": Share,  # no argument of theirs, see frozen_eps
+}
+OF_ROIS = {  # the arguments of two-stage builders that change what is detected
+    **RESIZED,
     "rpn_pre_nms_top_n_test": Count,
     "rpn_post_nms_top_n_test": Count,
     "rpn_nms_thresh": Share,
@@ -67,13 +73,41 @@ OPTIONS = {  # the builders' arguments that change what is detected
     "box_nms_thresh": Share,
     "box_detections_per_img": Count,
     "bbox_reg_weights": Tuple[Positive, Positive, Positive, Positive],
-    "frozen_eps": Share,  # no argument of theirs, see frozen_eps
+}
+OF_MAPS = {"score_thresh": Number, "nms_thresh": Share, "topk_candidates": Count, "detections_per_img": Count}
+
+
+class Builder(NamedTuple):
+    """What is known of the models of one of torchvision's builders."""
+
+    scores: str  # the weight of the layer that gives class scores ...
+    priors: int  # ... of so many priors
+    options: dict  # its arguments that can be set, and their types
+    frozen_eps: Optional[float] = None  # of the frozen batch normalisation in its own weights, or others from them
+
+
+ROI, MAPS = "roi_heads.box_predictor.cls_score.weight", "head.classification_head.cls_logits.weight"
+BUILDERS = {
+    "fasterrcnn_resnet50_fpn": Builder(ROI, 1, OF_ROIS, 0.0),
+    "fasterrcnn_resnet50_fpn_v2": Builder(ROI, 1, OF_ROIS, 1e-5),
+    "fasterrcnn_mobilenet_v3_large_fpn": Builder(ROI, 1, OF_ROIS, 1e-5),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": Builder(ROI, 1, OF_ROIS, 1e-5),
+    "maskrcnn_resnet50_fpn": Builder(ROI, 1, OF_ROIS, 0.0),
+    "maskrcnn_resnet50_fpn_v2": Builder(ROI, 1, OF_ROIS, 1e-5),
+    "retinanet_resnet50_fpn": Builder(MAPS, 9, {**RESIZED, **OF_MAPS}, 0.0),
+    "retinanet_resnet50_fpn_v2": Builder(MAPS, 9, {**RESIZED, **OF_MAPS}, 1e-5),
+    "fcos_resnet50_fpn": Builder(MAPS, 1, {**RESIZED, **OF_MAPS}, 1e-5),
+    "ssd300_vgg16": Builder("head.classification_head.module_list.0.weight", 4, {**NORMALISED, **OF_MAPS}),
+    "ssdlite320_mobilenet_v3_large": Builder(
+        "head.classification_head.module_list.0.1.weight", 6, {**NORMALISED, **OF_MAPS}
+    ),
 }
 OLD_NAMES = {  # of layers before torchvision 0.13, which most of its own files have, and what they are called today
     r"^(rpn\.head\.conv)\.(weight|bias)$": r"\1.0.0.\2",
     r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$": r"\1.0.\2",
     **{rf"^(roi_heads\.mask_head)\.mask_fcn{i + 1}\.(weight|bias)$": rf"\1.{i}.0.\2" for i in range(4)},
 }
+OLD_NAMES_OF_RETINA_NET = {rf"^(head\.\w+_head\.conv)\.{2 * i}\.(weight|bias)$": rf"\1.{i}.0.\2" for i in range(4)}
 MOVED_BY_NMS = 1000  # torchvision.ops.batched_nms moves the classes apart for no more boxes than this, on a CPU
 SMALLEST_BOX = 1e-2  # side of a detection in the resized picture, a constant inside RoIHeads
 MASK_THRESHOLD = 0.5  # torchvision returns scores of pixels, and recommends to take those that are not below
@@ -84,11 +118,11 @@ def load(builder, checkpoint, trust=False, names=None, options=()):
 
     options: (name, value as text) of the builder's arguments, see OPTIONS; names: of the classes, without background.
     """
-    if builder not in FROZEN_EPS:
-        raise SourceError(f"torchvision:{builder} cannot be exported; supported: {', '.join(FROZEN_EPS)}")
+    if builder not in BUILDERS:
+        raise SourceError(f"torchvision:{builder} cannot be exported; supported: {', '.join(BUILDERS)}")
     if tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 16):
         raise SourceError(f"torchvision {torchvision.__version__} resizes pictures to other sizes: use 0.16 or newer")
-    arguments = dict(read_option(*option) for option in options)
+    arguments = dict(read_option(builder, *option) for option in options)
     weights = get_model_weights(builder).DEFAULT
     if checkpoint is None:
         checkpoint = CKPT / Path(weights.url).name
@@ -111,7 +145,7 @@ def as_source(model, classes, origin):
     def detect(picture, score_threshold=None):
         return reference(model, picture, score_threshold)
 
-    image = torch.randn(1, 3, 256, 320)
+    image = torch.randn(1, 3, *(model.transform.fixed_size or (320, 256))[::-1])
     try:
         settings = describe(model, strides_of(model, image), classes, origin)
     except SettingsError as error:
@@ -122,12 +156,13 @@ def as_source(model, classes, origin):
 # ---------------------------------------------------------------------- checkpoint, classes, model
 
 
-def read_option(name, text):
+def read_option(builder, name, text):
     """Return an argument of a builder and its value; SourceError if it has no such value or cannot be set."""
-    if name not in OPTIONS:
-        raise SourceError(f"--set {name}: cannot be set; these can: {', '.join(OPTIONS)}")
+    options = BUILDERS[builder].options
+    if name not in options:
+        raise SourceError(f"--set {name}: cannot be set; these can: {', '.join(options)}")
     try:
-        return name, msgspec.convert(ast.literal_eval(text), OPTIONS[name], strict=True)
+        return name, msgspec.convert(ast.literal_eval(text), options[name], strict=True)
     except msgspec.ValidationError as error:
         raise SourceError(f"--set {name}={text}: {one_line(error)}") from error
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
@@ -136,17 +171,22 @@ def read_option(name, text):
 
 def build_model(builder, arguments, content, path):
     """Return torchvision's model with the weights of a checkpoint, in evaluation mode."""
-    state = renamed(weights_in(content))
-    scores = state.get("roi_heads.box_predictor.cls_score.weight")
-    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) < 2:
-        raise SourceError(f"{path} holds no Faster R-CNN of torchvision: it lacks roi_heads.box_predictor.cls_score")
+    old_names = {**OLD_NAMES, **OLD_NAMES_OF_RETINA_NET} if builder.startswith("retinanet") else OLD_NAMES
+    state = renamed(weights_in(content), old_names)
+    name, priors = BUILDERS[builder][:2]
+    scores = state.get(name)
+    if not isinstance(scores, torch.Tensor) or scores.dim() not in (2, 4) or len(scores) < 2 * priors:
+        raise SourceError(f"{path} holds no {builder} of torchvision: it lacks {name}")
+    number = len(scores) // priors
     known = {name: value for name, value in arguments.items() if name != "frozen_eps"}
     # Without weights torchvision builds BatchNorm2d where a trained model has FrozenBatchNorm2d, which counts nothing.
     try:
-        model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=len(scores), **known).eval()
+        model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=number, **known).eval()
     except (RuntimeError, MemoryError) as error:  # a small file may claim billions of classes
-        raise SourceError(f"{path}: {builder} with {len(scores)} classes cannot be built: {one_line(error)}") from error
+        raise SourceError(f"{path}: {builder} with {number} classes cannot be built: {one_line(error)}") from error
     load_weights(model, state, path)
+    if BUILDERS[builder].frozen_eps is None:
+        return model
     if not any(name.endswith("num_batches_tracked") for name in state):
         replace_norms(model, FrozenBatchNorm2d, frozen_eps(builder, arguments))
     elif "frozen_eps" in arguments:
@@ -159,15 +199,15 @@ def frozen_eps(builder, arguments):
     if "frozen_eps" in arguments:
         return arguments["frozen_eps"]
     print(
-        f"frozen batch normalisation: eps {FROZEN_EPS[builder]:g} assumed, as in torchvision's own weights and what is "
-        "fine-tuned from them; if trained from an ImageNet backbone: --set frozen_eps=1e-5"
+        f"frozen batch normalisation: eps {BUILDERS[builder].frozen_eps:g} assumed, as in torchvision's own weights "
+        "and what is fine-tuned from them; if trained from an ImageNet backbone: --set frozen_eps=1e-5"
     )
-    return FROZEN_EPS[builder]
+    return BUILDERS[builder].frozen_eps
 
 
-def renamed(state):
+def renamed(state, old_names):
     """Return a state dict with the names that torchvision gives today."""
-    for old, new in OLD_NAMES.items():
+    for old, new in old_names.items():
         state = {re.sub(old, new, name): value for name, value in state.items()}
     return state
 
@@ -184,7 +224,7 @@ def replace_norms(model, kind, eps=None):
 
 def class_names(names, content, weights, model):
     """Return the names of a model's classes: those given, or the checkpoint's, or those of torchvision's weights."""
-    number = model.roi_heads.box_predictor.cls_score.out_features
+    number = number_of_classes(model)
     names = names or content.get("classes")
     if not isinstance(names, (list, tuple)):
         names = weights.meta["categories"] if len(weights.meta["categories"]) == number else []
@@ -199,7 +239,20 @@ def class_names(names, content, weights, model):
     twice = [name for name, times in Counter(filter(None, map(str, names))).items() if times > 1]
     if twice:
         raise SourceError(f"{len(twice)} names stand for more than one class, the first is {twice[0]}")
-    return names
+    return names if has_background(model) else ["", *names]
+
+
+def number_of_classes(model):
+    """Return how many classes a model has, with class 0."""
+    if hasattr(model, "roi_heads"):
+        return model.roi_heads.box_predictor.cls_score.out_features
+    head = model.head.classification_head
+    return head.num_columns if has_background(model) else head.num_classes
+
+
+def has_background(model):
+    """Return whether class 0 of a model is the background; else it is a class that was never trained."""
+    return not isinstance(model, (RetinaNet, FCOS))
 
 
 # ---------------------------------------------------------------------- the networks
@@ -252,6 +305,49 @@ class MaskHead(torch.nn.Module):
         return (self.layers(roi_feats),)
 
 
+class DenseHead(torch.nn.Module):
+    """image [N, 3, H, W] -> a one-stage detector's maps of every level, the finest first: cls, reg, any centerness."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+        self.maps = next(maps for kind, maps in MAPS_OF.items() if isinstance(model, kind))
+        self.eval()
+
+    def forward(self, image):
+        """Return cls_0.., reg_0.. and, where there is one, centerness_0.. as one tuple."""
+        features = list(self.backbone(image).values())
+        return tuple(itertools.chain(*self.maps(self.head.classification_head, self.head.regression_head, features)))
+
+
+def maps_of_retina_net(classify, regress, features):
+    """Return cls and reg of every level."""
+    yield [classify.cls_logits(classify.conv(level)) for level in features]
+    yield [regress.bbox_reg(regress.conv(level)) for level in features]
+
+
+def maps_of_fcos(classify, regress, features):
+    """Return cls, reg and centerness of every level."""
+    cls, reg = maps_of_retina_net(classify, regress, features)
+    yield from (cls, [distances.relu() for distances in reg])
+    yield [regress.bbox_ctrness(regress.conv(level)) for level in features]
+
+
+def maps_of_ssd(classify, regress, features):
+    """Return cls, whose background comes last, and reg of every level."""
+    yield [background_last(layer(level), classify.num_columns) for layer, level in zip(classify.module_list, features)]
+    yield [layer(level) for layer, level in zip(regress.module_list, features)]
+
+
+def background_last(cls, classes):
+    """Return logits [N, a * classes, h, w], each prior's first class moved to its end."""
+    channels = torch.arange(cls.shape[1]).view(-1, classes).roll(-1, dims=1)
+    return cls[:, channels.flatten()]
+
+
+MAPS_OF = {RetinaNet: maps_of_retina_net, FCOS: maps_of_fcos, SSD: maps_of_ssd}
+
+
 def rows(layer, chosen):
     """Return a linear layer or a convolution that gives only the chosen outputs of another, in this order."""
     new = copy.deepcopy(layer)
@@ -264,6 +360,12 @@ def networks(model, image):
     """Return the networks by the names of their files; image: an example of the first one's input."""
     model = copy.deepcopy(model)
     replace_norms(model, torch.nn.BatchNorm2d)  # which the exporter folds into the convolution before it
+    if not hasattr(model, "roi_heads"):
+        kinds = ("cls", "reg", "centerness") if isinstance(model, FCOS) else ("cls", "reg")
+        with torch.no_grad():
+            levels = range(len(model.backbone(image)))
+        maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in kinds for i in levels}
+        return {"model.onnx": Network(DenseHead(model), image, {"image": {0: "N", 2: "H", 3: "W"}}, maps)}
     levels = range(len(model.rpn.anchor_generator.sizes))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in ("cls", "reg", "feat") for i in levels}
     files = {
@@ -287,24 +389,70 @@ def network_of_head(head, pool, model, outputs):
 def strides_of(model, image):
     """Return the stride of every level, by its name in torchvision; image: an input whose sides all of them divide."""
     with torch.no_grad():
-        return {name: image.shape[2] // feature.shape[2] for name, feature in model.backbone(image).items()}
+        strides = {name: image.shape[2] / feature.shape[2] for name, feature in model.backbone(image).items()}
+    return {name: int(stride) if stride.is_integer() else stride for name, stride in strides.items()}
 
 
 def describe(model, strides, classes, origin):
     """Return the settings of a model; SettingsError if one of them has a value that does not fit."""
-    family, added = FasterRCNNSettings, {}
-    if model.roi_heads.has_mask():
-        family, added = MaskRCNNSettings, {"masks": describe_masks(model.roi_heads, strides)}
-    settings = family(
-        source=origin,
-        classes=classes,
-        preprocess=describe_preprocessing(model.transform, min(strides.values())),
-        proposals=describe_proposals(model.rpn, list(strides.values())),
-        rois=describe_rois(model.roi_heads.box_roi_pool, strides),
-        head=describe_head(model.roi_heads),
-        **added,
-    )
+    if hasattr(model, "roi_heads"):
+        family, parts = describe_two_stages(model, strides)
+    else:
+        family, parts = describe_one_stage(model, list(strides.values()))
+    finest_stride = 1 if isinstance(model, SSD) else min(strides.values())
+    preprocess = describe_preprocessing(model.transform, finest_stride)
+    settings = family(source=origin, classes=classes, preprocess=preprocess, **parts)
     return read(write(settings), family)
+
+
+def describe_two_stages(model, strides):
+    """Return the class of the settings of a two-stage detector, and what it adds to those of every export."""
+    parts = {
+        "proposals": describe_proposals(model.rpn, list(strides.values())),
+        "rois": describe_rois(model.roi_heads.box_roi_pool, strides),
+        "head": describe_head(model.roi_heads),
+    }
+    if not model.roi_heads.has_mask():
+        return FasterRCNNSettings, parts
+    return MaskRCNNSettings, {**parts, "masks": describe_masks(model.roi_heads, strides)}
+
+
+def describe_one_stage(model, strides):
+    """Return the class of the settings of a one-stage detector, and what it adds to those of every export."""
+    is_ssd, is_fcos = isinstance(model, SSD), isinstance(model, FCOS)
+    head = Dense(
+        score_threshold=model.score_thresh,
+        iou_threshold=as_float32(model.nms_thresh),
+        nms_pre=-1 if is_ssd else model.topk_candidates,
+        nms_pre_per_class=model.topk_candidates if is_ssd else None,
+        softmax=is_ssd,
+        **({"factor": "centerness", "combined": "root"} if is_fcos else {}),
+        nms_first_group=int(is_ssd),
+        nms_moved_up_to=MOVED_BY_NMS,
+        nms_resized=True,
+        multiplied_back=True,
+        max_per_img=model.detections_per_img,
+    )
+    if is_ssd:
+        anchors = describe_default_boxes(model.anchor_generator, model.transform.fixed_size, strides)
+    else:
+        boxes = [level.tolist() for level in model.anchor_generator.cell_anchors]
+        anchors = CellAnchors(strides=strides, boxes=boxes, strides_of_maps=True)
+    if is_fcos:
+        units = [x2 - x1 for ((x1, _, x2, _),) in anchors.boxes]
+        points = CellPoints(strides=strides, offset=0, units=units, strides_of_maps=True)
+        return FCOSSettings, {"points": points, "head": head}
+    return RetinaNetSettings, {"anchors": anchors, "deltas": Coder(**describe_coder(model.box_coder)), "head": head}
+
+
+def describe_default_boxes(generator, size, strides):
+    """Return the settings of a DefaultBoxGenerator for pictures of a size (width, height), which is a square."""
+    pixels, boxes = size[0], []
+    strides = generator.steps or strides
+    for stride, pairs in zip(strides, generator._wh_pairs):
+        sizes = (pairs.clamp(0, 1) if generator.clip else pairs) * pixels / 2
+        boxes.append([[stride / 2 - w, stride / 2 - h, stride / 2 + w, stride / 2 + h] for w, h in sizes.tolist()])
+    return CellAnchors(strides=strides, boxes=boxes)
 
 
 def describe_preprocessing(transform, finest_stride):
@@ -402,7 +550,7 @@ def describe_masks(heads, strides):
 def reference(model, picture, score_threshold=None):
     """Return the Detections of torchvision's model itself in a picture's file."""
     image = cv2.cvtColor(cv2.imread(str(picture)), cv2.COLOR_BGR2RGB)
-    heads = model.roi_heads
+    heads = getattr(model, "roi_heads", model)
     own, heads.score_thresh = heads.score_thresh, heads.score_thresh if score_threshold is None else score_threshold
     try:
         with torch.no_grad():
@@ -410,7 +558,8 @@ def reference(model, picture, score_threshold=None):
     finally:
         heads.score_thresh = own
     masks = encode_masks(found["masks"]) if "masks" in found else None
-    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy() - 1, masks)
+    labels = found["labels"].numpy() - has_background(model)
+    return Detections(found["boxes"].numpy(), found["scores"].numpy(), labels, masks)
 
 
 def encode_masks(scores):

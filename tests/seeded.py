@@ -10,7 +10,7 @@ import torch
 def normalise(batch_norm, inputs):
     """Set the statistics of a batch normalisation to those of its input [N, C, ...]."""
     channels = inputs[0].transpose(0, 1).flatten(1)
-    if channels.shape[1] > 1:
+    if channels.shape[1] > 4:  # the deviation of fewer values says little
         batch_norm.running_mean.copy_(channels.mean(dim=1))
         batch_norm.running_var.copy_(channels.var(dim=1))
 
@@ -38,6 +38,17 @@ def scale_head(outputs, layers, deviations=(2.0, 0.5)):
     """Scale the last layers (scores, deltas) of a head, given its outputs, until they vary as trained ones do."""
     for layer, output, deviation in zip(layers, outputs, deviations):
         scale_layer(layer, [output], deviation)
+
+
+def scale_last_layer(layer, run, mean, deviation):
+    """Scale and shift a layer so that what it gives while run() runs has a given mean and deviation."""
+    outputs = []
+    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    run()
+    hook.remove()
+    if outputs[0][0, 0].numel() > 9:  # SSD's last maps have so few cells that their deviation says little
+        scale_layer(layer, outputs, deviation)
+    layer.bias += mean
 
 
 def scale_layer(layer, outputs, target):

@@ -14,7 +14,7 @@ from mmdet.models.necks.ssd_neck import L2Norm
 from mmdet.models.utils import InvertedResidual
 from mmdet.models.utils.csp_layer import DarknetBottleneck
 from mmdet.models.utils.normed_predictor import NormedConv2d, NormedLinear
-from seeded import normalise, scale_layer, scale_rpn, scale_to_unit
+from seeded import normalise, scale_last_layer, scale_layer, scale_rpn, scale_to_unit
 
 from detectors.preprocess import preprocess
 from sources.mmdetection import (
@@ -55,6 +55,12 @@ LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
         "reppoints_cls_out": CLS,
         "reppoints_pts_init_out": (0.0, 0.7),
         "reppoints_pts_refine_out": (0.0, 3.0),
+    },
+    "TOODHead": {
+        "tood_cls": (-4.0, 1.2),
+        "tood_reg": (0.7, 0.4),
+        "cls_prob_module": (-1.0, 1.0),
+        "reg_offset_module": (0.0, 0.5),
     },
     "YOLOFHead": {"cls_score": (-1.0, 1.2), "bbox_pred": SHIFTS, "object_pred": (-4.0, 1.0)},
     "SSDHead": {"cls_convs": (0.0, 1.5), "reg_convs": SHIFTS},
@@ -177,13 +183,8 @@ def scale_one_stage(head, features):
             deviation = torch.tensor([0.4] * 4 + [1.0] + [1.2] * head.num_classes).repeat(head.num_base_priors)
         part = getattr(head, name)
         for layer in part if isinstance(part, torch.nn.ModuleList) else [part]:
-            layer, outputs = layer[-1] if isinstance(layer, torch.nn.Sequential) else layer, []
-            hook = layer.register_forward_hook(lambda layer, inputs, output, outputs=outputs: outputs.append(output))
-            head(features)
-            hook.remove()
-            if outputs[0][0, 0].numel() > 9:  # SSD's last maps have so few cells that their deviation says little
-                scale_layer(layer, outputs, deviation)
-            layer.bias += mean
+            layer = layer[-1] if isinstance(layer, torch.nn.Sequential) else layer
+            scale_last_layer(layer, partial(head, features), mean, deviation)
 
 
 def scale_two_stages(detector, features, image_size):

@@ -30,10 +30,12 @@ from detectors.settings import (
     PAASettings,
     Preprocess,
     RetinaNetSettings,
+    TOODSettings,
     YOLOSettings,
     changed,
     write,
 )
+from detectors.tood import TOOD
 from detectors.yolo import YOLO
 from postprocess import sigmoid, softmax
 
@@ -157,14 +159,26 @@ def test_candidates_vote_on_the_box_of_a_detection():
 # ------------------------------------------------------------------ decoding
 
 
+def decoded(detector, level, priors, values, sizes=((12, 25), (6, 12))):
+    """Return the boxes that a detector makes of values [n, v] of priors [n] of a level; elsewhere is something else."""
+    levels = []
+    for a, (height, width) in zip(detector.priors(detector.settings), sizes):
+        channels = detector.kinds(detector.settings)
+        levels.append({kind: np.full((a * c, height, width), 9, np.float32) for kind, c in channels.items()})
+    a = detector.priors(detector.settings)[level]
+    for prior, row in zip(priors, np.float32(values)):
+        (y, x), which = divmod(prior // a, sizes[level][1]), prior % a
+        levels[level]["reg"].reshape(a, -1, *sizes[level])[which, :, y, x] = row
+    return detector.decode(level, levels, np.array(priors), SIZE)
+
+
 def test_anchors_stand_at_their_cells_and_are_moved_by_their_deltas():
     detector = anchored(RetinaNet, RetinaNetSettings, deltas=Coder(means=NO_MEANS, stds=(0.1, 0.1, 0.2, 0.2)))
-    sizes = [(12, 25), (6, 12)]
-    deltas = np.float32([[0, 0, 0, 0], [5, -10, 5 * np.log(2), 0]])
-    priors = np.array([0, (2 * 25 + 3) * 2 + 1])  # the second one is 16 x 8, in row 2, column 3
-    boxes = detector.decode(0, sizes, priors, deltas, SIZE)
+    deltas = [[0, 0, 0, 0], [5, -10, 5 * np.log(2), 0]]
+    priors = [0, (2 * 25 + 3) * 2 + 1]  # the second one is 16 x 8, in row 2, column 3
+    boxes = decoded(detector, 0, priors, deltas)
     np.testing.assert_allclose(boxes, [[0, 0, 4, 4], [16, 4, 48, 12]], atol=1e-5)  # the first one is clipped
-    boxes = detector.decode(1, sizes, np.array([13]), deltas[:1], SIZE)
+    boxes = decoded(detector, 1, [13], deltas[:1])
     np.testing.assert_allclose(boxes, [[16, 16, 32, 32]])
     assert detector.priors(detector.settings) == [2, 1]
 
@@ -172,14 +186,14 @@ def test_anchors_stand_at_their_cells_and_are_moved_by_their_deltas():
 def test_a_centre_moves_no_further_than_it_may():
     coder = Coder(means=NO_MEANS, stds=(1, 1, 1, 1), shrinks_freely=True)
     detector = anchored(RetinaNet, RetinaNetSettings, deltas=coder, max_shift=6)
-    deltas = np.float32([[5, -5, 0, 0], [0.5, 0.25, 0, 0]])  # of an anchor of 16 x 16 in row and column 2
-    boxes = detector.decode(1, [(12, 25), (6, 12)], np.array([26, 26]), deltas, SIZE)
-    np.testing.assert_allclose(boxes, [[38, 26, 54, 42], [38, 36, 54, 52]], atol=1e-5)
+    deltas = [[5, -5, 0, 0], [0.5, 0.25, 0, 0]]  # of anchors of 16 x 16 in row 2, columns 2 and 3
+    boxes = decoded(detector, 1, [26, 27], deltas)
+    np.testing.assert_allclose(boxes, [[38, 26, 54, 42], [54, 36, 70, 52]], atol=1e-5)
 
 
 def test_four_distances_from_a_point():
-    distances = np.float32([[1, 2, 3, 0.5], [10, 10, 30, 30]])
-    boxes = pointed().decode(0, [(12, 25)], np.array([2 * 25 + 3, 0]), distances, SIZE)  # points 28, 20 and 4, 4
+    distances = [[1, 2, 3, 0.5], [10, 10, 30, 30]]
+    boxes = decoded(pointed(), 0, [2 * 25 + 3, 0], distances)  # points 28, 20 and 4, 4
     np.testing.assert_allclose(boxes, [[20, 4, 52, 24], [0, 0, 200, 100]])
 
 
@@ -193,7 +207,7 @@ def test_four_distances_from_a_point():
     ],
 )
 def test_distances_of_other_kinds(values, distances, box):
-    boxes = pointed(**values).decode(0, [(12, 25)], np.array([53]), np.float32([distances]), SIZE)
+    boxes = decoded(pointed(**values), 0, [53], [distances])
     np.testing.assert_allclose(boxes, [box], rtol=1e-5)
 
 
@@ -201,18 +215,48 @@ def test_a_distance_is_the_mean_of_its_distribution():
     detector, logits = pointed(bins=5), np.zeros((1, 4, 5), np.float32)  # without a preference: 2, the middle of 0 .. 4
     logits[0, 1, 1] = 100  # sure that it is 1
     logits[0, 2, [0, 1]] = 100  # 0 or 1
-    boxes = detector.decode(0, [(12, 25)], np.array([53]), logits.reshape(1, 20), SIZE)
+    boxes = decoded(detector, 0, [53], logits.reshape(1, 20))
     np.testing.assert_allclose(boxes, [[28 - 16, 20 - 8, 28 + 4, 20 + 16]], atol=1e-4)
-    assert detector.values(detector.settings) == 20
+
+
+def test_points_are_as_far_apart_as_their_maps_tell():
+    settings = {"strides": [8, 128], "units": [8, 128], "offset": 0, "strides_of_maps": True}
+    detector = pointed(**settings)  # an input of 800 x 200: a map of 7 x 2 cells, which 128 does not divide
+    boxes = decoded(detector, 1, [3 * 2 + 1], [[0, 0, 0.25, 0.5]], sizes=[(100, 25), (7, 2)])
+    np.testing.assert_allclose(boxes, [[100, 100, 132, 100]])  # 3 x 114 is below the picture, which ends at 100
+    boxes = decoded(detector, 1, [0], [[0, 0, 0.25, 0.5]], sizes=[(100, 25), (7, 2)])
+    np.testing.assert_allclose(boxes, [[0, 0, 32, 64]])
+
+
+def test_tood_reads_each_side_where_its_offsets_point():
+    points = CellPoints(strides=[8], offset=0, units=[8])
+    detector = TOOD(TOODSettings(classes=("a",), preprocess=PREPROCESS, points=points, head=HEAD), {})
+    rng = np.random.default_rng(3)
+    reg = rng.uniform(2, 3, (4, 5, 6)).astype(np.float32)
+    offset = np.zeros((8, 5, 6), np.float32)
+    y, x = 2, 3
+    offset[:, y, x] = [0.5, 0, 0, 1.25, -1, -1, 9, 0]  # y, x of each side: left, upper, right, lower
+    maps = [{"cls": np.zeros((1, 5, 6)), "reg": reg, "offset": offset}]
+    left = (x - reg[0, 2:4, x]).mean()  # half a row further down
+    upper = y - (0.75 * reg[1, y, x + 1] + 0.25 * reg[1, y, x + 2])
+    right, lower = x - 1 + reg[2, y - 1, x - 1], 0  # outside the map there is nothing
+    found = detector.decode(0, maps, np.array([y * 6 + x]), SIZE)
+    own = np.array([x - reg[0, y, x], y - reg[1, y, x], x + reg[2, y, x], y + reg[3, y, x]])
+    expected = np.array([left, upper, right, lower])
+    swapped = (expected[:2] > expected[2:]).any()
+    np.testing.assert_allclose(found, [8 * (own if swapped else expected)], rtol=1e-5)
+    offset[6, y, x] = 1  # now the lower side is where it should be
+    expected[3] = y + 1 + reg[3, y + 1, x]
+    found = detector.decode(0, maps, np.array([y * 6 + x]), SIZE)
+    np.testing.assert_allclose(found, [8 * expected], rtol=1e-5)
 
 
 def test_yolo_moves_a_box_within_its_cell_or_by_strides():
-    priors, sizes = np.array([(2 * 25 + 3) * 2 + 1]), [(12, 25), (6, 12)]  # an anchor of 16 x 8 around 24, 16
-    values = np.float32([[0, np.log(3), np.log(2), np.log(30)]])  # sigmoids of 1/2 and 3/4
-    boxes = anchored(YOLO, YOLOSettings, within_cell=True).decode(0, sizes, priors, values, SIZE)
+    priors = [(2 * 25 + 3) * 2 + 1]  # an anchor of 16 x 8 around 24, 16
+    values = [[0, np.log(3), np.log(2), np.log(30)]]  # sigmoids of 1/2 and 3/4
+    boxes = decoded(anchored(YOLO, YOLOSettings, within_cell=True), 0, priors, values)
     np.testing.assert_allclose(boxes, [[8, 18 - 120, 40, 18 + 120]], rtol=1e-5)  # it may leave the picture
-    values = np.float32([[0.5, -1, 0, 0]])
-    boxes = anchored(YOLO, YOLOSettings, within_cell=False).decode(0, sizes, priors, values, SIZE)
+    boxes = decoded(anchored(YOLO, YOLOSettings, within_cell=False), 0, priors, [[0.5, -1, 0, 0]])
     np.testing.assert_allclose(boxes, [[20, 4, 36, 12]])
 
 
@@ -236,6 +280,15 @@ def test_the_best_box_of_each_class_stays():
     assert len(suppressed(boxes, [0.5, 0.9, 0.8, 0.1], [0, 0, 1, 0], 2, changed(HEAD, "max_per_img", 2)).boxes) == 2
     everything = suppressed(boxes * 50, [0.5] * 200, range(200), 2, changed(HEAD, "max_per_img", None))
     assert len(everything.boxes) == 200
+
+
+def test_each_class_has_its_own_limit():
+    boxes = [[10 * i, 0, 10 * i + 5, 5] for i in range(6)]
+    scores, labels = [0.5, 0.9, 0.8, 0.1, 0.7, 0.6], [0, 0, 0, 1, 1, 2]
+    found = suppressed(boxes, scores, labels, 1, changed(HEAD, "nms_pre_per_class", 2))
+    np.testing.assert_allclose(found.boxes, np.float32(boxes)[[1, 2, 4, 5, 3]])
+    found = suppressed(np.zeros((0, 4)), [], np.zeros(0, int), 1, changed(HEAD, "nms_pre_per_class", 2))
+    assert len(found.boxes) == 0
 
 
 def test_boxes_are_rescaled_before_nms():

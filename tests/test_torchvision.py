@@ -44,7 +44,7 @@ import export  # noqa: E402
 import sources  # noqa: E402
 from sources import torchvision as source  # noqa: E402
 
-R50, R50_V2, MOBILENET, SMALL, MASK, MASK_V2 = BUILDERS = tuple(source.FROZEN_EPS)
+R50, R50_V2, MOBILENET, SMALL, MASK, MASK_V2 = BUILDERS = tuple(name for name in source.BUILDERS if "rcnn" in name)
 NAMES = ["astronaut", "coffee", "cat", "motorcycle"]
 SHAPES = ["circle", "triangle", "square", "star", "cross", "crescent"]
 

@@ -1,0 +1,85 @@
+"""torchvision's one-stage detectors: their exports against torchvision's own models."""
+
+import functools
+
+import cv2
+import numpy as np
+import pytest
+from boxes import assert_equal_detections
+from conftest import TORCHVISION, call_program
+
+from detectors import Detections, load
+
+pytest.importorskip("torch", reason=TORCHVISION)
+pytest.importorskip("torchvision", reason=TORCHVISION)
+
+from seeded_torchvision import write_checkpoint  # noqa: E402
+from test_torchvision import own_detections, own_model  # noqa: E402
+
+import export  # noqa: E402
+from sources import SourceError  # noqa: E402
+from sources import torchvision as source  # noqa: E402
+
+BUILDERS = {name: 10 if "retina" in name else 15 if "fcos" in name else 12 for name in source.BUILDERS
+            if "rcnn" not in name}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, photographs):
+    """Return a function that returns the path of a builder's seeded weights."""
+    folder = tmp_path_factory.mktemp("one_stage")
+    return functools.lru_cache(lambda name: write_checkpoint(name, folder / f"{name}.pth", photographs["coffee"]))
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_detections_equal_torchvision(builder, checkpoints, photographs, tmp_path):
+    cv2.imwrite(str(tmp_path / "coffee.png"), photographs["coffee"])
+    smaller = [] if "ssd" in builder else ["--set", "min_size=300", "--set", "max_size=400"]
+    arguments = ("--out", tmp_path, "--picture", tmp_path / "coffee.png", *smaller)
+    result = call_program(export.main, f"torchvision:{builder}", checkpoints(builder), *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("True") == BUILDERS[builder] + 2
+
+    detector, model = load(tmp_path), own_model(builder, checkpoints(builder))
+    detector.settings = source.load(builder, checkpoints(builder)).settings  # the usual sizes
+    for name in ("coffee", "motorcycle"):
+        ours, expected = detector(photographs[name]), own_detections(model, photographs[name])
+        if "ssd" not in builder:  # torchvision's class 0 is one, of which nothing was trained
+            expected = Detections(expected.boxes, expected.scores, expected.labels + 1)
+        assert len(ours.boxes) >= 100
+        assert len(set(ours.labels)) >= 5
+        assert_equal_detections(ours, expected)
+        height, width = photographs[name].shape[:2]
+        assert ours.boxes.min() >= 0
+        assert (ours.boxes <= np.float32([width, height] * 2) + 1e-3).all()
+    assert detector.classes[int(expected.labels[0])]
+    assert (detector.classes[0] == "") == ("ssd" not in builder)
+
+
+@pytest.mark.parametrize(
+    ("builder", "option", "words"),
+    [
+        ("ssd300_vgg16", "min_size=400", "--set min_size: cannot be set"),
+        ("ssd300_vgg16", "frozen_eps=0", "--set frozen_eps: cannot be set"),
+        ("retinanet_resnet50_fpn", "box_score_thresh=0.1", "--set box_score_thresh: cannot be set"),
+        ("fcos_resnet50_fpn", "nms_thresh=2", "--set nms_thresh=2: Expected `float` <= 1"),
+        ("fasterrcnn_resnet50_fpn", "score_thresh=0.1", "--set score_thresh: cannot be set"),
+    ],
+)
+def test_options_that_a_builder_does_not_have(builder, option, words):
+    with pytest.raises(SourceError, match=words):
+        source.load(builder, None, options=[tuple(option.split("="))])
+
+
+def test_weights_of_another_builder(checkpoints):
+    with pytest.raises(SourceError, match="holds no ssd300_vgg16 of torchvision: it lacks head.classification_head"):
+        source.load("ssd300_vgg16", checkpoints("retinanet_resnet50_fpn"))
+    with pytest.raises(SourceError, match="does not fit the model"):
+        source.load("fcos_resnet50_fpn", checkpoints("retinanet_resnet50_fpn"))
+
+
+def test_options_change_what_is_found(checkpoints):
+    options = [("score_thresh", "0.3"), ("nms_thresh", "0.4"), ("topk_candidates", "50"), ("detections_per_img", "7")]
+    head = source.load("ssd300_vgg16", checkpoints("ssd300_vgg16"), options=options).settings.head
+    assert (head.score_threshold, head.nms_pre_per_class, head.max_per_img) == (0.3, 50, 7)
+    assert head.iou_threshold == pytest.approx(0.4)
