@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from detectors.cascade_rcnn import CascadeRCNN
+from detectors.center_net import CenterNet
+from detectors.detr import DETR
 from detectors.faster_rcnn import FasterRCNN
 from detectors.fcos import FCOS
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
@@ -28,6 +30,8 @@ FAMILIES = {
     "fcos": FCOS,
     "tood": TOOD,
     "yolo": YOLO,
+    "detr": DETR,
+    "center_net": CenterNet,
 }
 FIRST = ("model1.onnx", "model.onnx")  # the files that take the picture: of two stages, and of one
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"

@@ -13,6 +13,7 @@ class Picture(NamedTuple):
     image_size: Tuple[int, int]  # height and width of the picture in it
     scale_factor: np.ndarray  # [4] float32, by which x, y, x, y were multiplied
     original_size: Tuple[int, int]  # height and width of the picture as it came in
+    offset: Tuple[int, int] = (0, 0)  # where in blob the picture begins, x and y
 
 
 def preprocess(image, settings):
@@ -23,17 +24,11 @@ def preprocess(image, settings):
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
         raise ValueError("the image is not what cv2.imread returns for a picture: [h, w, 3] uint8")
     height, width = image.shape[:2]
-    long_side, short_side = max(settings.scale), min(settings.scale)
-    factor = min(long_side / max(height, width), short_side / min(height, width))
-    # Its sides are rounded to the nearest pixel, or down.
-    half = 0 if settings.normalize_first else 0.5
-    size = (int(width * factor + half), int(height * factor + half)) if settings.keep_ratio else tuple(settings.scale)
-    if min(size) < 1:
-        raise ValueError(
-            f"{width} x {height} pixels: too thin: resized to a long side of {long_side}, nothing would be left"
-        )
+    size = new_size(width, height, settings)
     scale_factor = np.float32([size[0] / width, size[1] / height] * 2)
 
+    image, offset = in_the_middle(image, settings.canvas) if settings.canvas else (image, (0, 0))
+    size = image.shape[1::-1] if settings.canvas else size
     order = slice(None, None, -1 if settings.to_rgb else 1)  # of the channels; here they are still BGR
     resize = normalize_and_resize if settings.normalize_first else resize_and_normalize
     image = resize(image, size, settings.mean[order], settings.std[order])[..., order]
@@ -42,7 +37,35 @@ def preprocess(image, settings):
     padded = [-(-side // settings.pad_divisor) * settings.pad_divisor for side in sides]
     blob = np.full((1, 3, *padded), settings.pad_value, np.float32)
     blob[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-    return Picture(blob, image.shape[:2], scale_factor, (height, width))
+    return Picture(blob, image.shape[:2], scale_factor, (height, width), offset)
+
+
+def new_size(width, height, settings):
+    """Return the width and height to which a picture is resized; ValueError if nothing of it would be left."""
+    if settings.scale is None or not settings.keep_ratio:
+        return tuple(settings.scale or (width, height))
+    long_side, short_side = max(settings.scale), min(settings.scale)
+    factor = min(long_side / max(height, width), short_side / min(height, width))
+    half = 0 if settings.normalize_first else 0.5  # sides are rounded to the nearest pixel, or down
+    size = int(width * factor + half), int(height * factor + half)
+    if min(size) < 1:
+        raise ValueError(
+            f"{width} x {height} pixels: too thin: resized to a long side of {long_side}, nothing would be left"
+        )
+    return size
+
+
+def in_the_middle(image, bits):
+    """Return an image [h, w, 3] in the middle of black, and where it begins, x and y.
+
+    The new sides have all of the lowest bits set, plus one: with 31, they are the next multiples of 32.
+    """
+    height, width = image.shape[:2]
+    new_height, new_width = (height | bits) + 1, (width | bits) + 1
+    top, left = new_height // 2 - height // 2, new_width // 2 - width // 2
+    canvas = np.zeros((new_height, new_width, 3), image.dtype)
+    canvas[top : top + height, left : left + width] = image
+    return canvas, (left, top)
 
 
 def resize_and_normalize(image, size, mean, std):

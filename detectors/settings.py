@@ -38,7 +38,7 @@ class Header(msgspec.Struct):
 class Preprocess(Settings, kw_only=True):
     """How a picture becomes the input of the first network."""
 
-    scale: Tuple[Count, Count]  # upper limits of its long and of its short side
+    scale: Optional[Tuple[Count, Count]]  # upper limits of its long and of its short side; None: it keeps its size
     keep_ratio: bool = True  # False: resized to exactly this width and height
     normalize_first: bool = False  # normalised, then resized in float32, sides rounded down; False: see preprocess
     mean: Tuple[Number, Number, Number]  # of each channel, 0 to 255: subtracted, then divided by std
@@ -47,6 +47,7 @@ class Preprocess(Settings, kw_only=True):
     pad_divisor: Count  # height and width are padded to multiples of it
     pad_to_square: bool = False  # both are padded to the longer one first
     pad_value: Number = 0  # what the network takes there
+    canvas: Natural = 0  # above 0, for pictures that keep their size: they stand in the middle of black, see in_the_middle
 
 
 class Anchors(Settings, kw_only=True):
@@ -192,6 +193,14 @@ class Dense(Suppression, kw_only=True):
     multiplied_back: bool = False  # boxes are multiplied by original / resized size; False: divided, see rescale
 
 
+class Queries(Settings, kw_only=True):
+    """From the answers to queries, or from peaks, to detections."""
+
+    score_threshold: Number = -1  # boxes are dropped unless their score is above it
+    max_per_img: Count  # at most this many boxes are kept, the best
+    multiplied_back: bool = False  # as in Head
+
+
 class Export(Settings, kw_only=True, omit_defaults=False):
     """What the files of every export say, whatever the family."""
 
@@ -298,6 +307,20 @@ class YOLOSettings(Export, kw_only=True):
     anchors: CellAnchors
     within_cell: bool  # a box's centre is in its cell: a sigmoid says where; False: it moves by any number of strides
     head: Dense
+
+
+class CenterNetSettings(Export, kw_only=True):
+    """What the network of CenterNet cannot know."""
+
+    type: Literal["center_net"] = "center_net"
+    head: Queries
+
+
+class DETRSettings(Export, kw_only=True):
+    """What the network of DETR cannot know."""
+
+    type: Literal["detr"] = "detr"
+    head: Queries
 
 
 class SettingsError(ValueError):

@@ -30,9 +30,11 @@ from detectors.settings import (
     CascadeMaskRCNNSettings,
     CascadeRCNNSettings,
     CellAnchors,
+    CenterNetSettings,
     CellPoints,
     Coder,
     Dense,
+    DETRSettings,
     FasterRCNNSettings,
     FCOSSettings,
     Head,
@@ -43,6 +45,7 @@ from detectors.settings import (
     Points,
     Preprocess,
     Proposals,
+    Queries,
     Refinement,
     RetinaNetSettings,
     RoIs,
@@ -67,7 +70,7 @@ CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 DETECTORS = (
     "FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN",
     "RetinaNet", "ATSS", "FSAF", "FCOS", "FOVEA", "GFL", "VFNet", "AutoAssign", "RepPointsDetector", "DDOD", "NASFCOS",
-    "PAA", "TOOD",     "SingleStageDetector", "YOLOF", "YOLOV3", "YOLOX",
+    "PAA", "TOOD",     "SingleStageDetector", "YOLOF", "DETR", "CenterNet", "YOLOV3", "YOLOX",
 )  # fmt: skip
 FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     (): FasterRCNNSettings,
@@ -244,8 +247,45 @@ def networks(detector):
     return (networks_of_two_stages if hasattr(detector, "roi_head") else networks_of_one_stage)(detector)
 
 
+class QueryHead(torch.nn.Module):
+    """image [N, 3, H, W] -> what DETR's queries answer: cls [N, Q, classes + 1] and reg [N, Q, 4]."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+        self.eval()
+
+    def forward(self, image):
+        """Return cls and reg, of the last of the decoder's layers."""
+        head, features = self.detector.bbox_head, self.detector.extract_feat(image)[-1]
+        features = head.input_proj(features)
+        padding = torch.zeros_like(features[:, 0], dtype=torch.bool)  # of one picture, there is none
+        places = head.positional_encoding(padding)
+        decoded = head.transformer(features, padding, head.query_embedding.weight, places)[0][-1]
+        return head.fc_cls(decoded), head.fc_reg(head.activate(head.reg_ffn(decoded))).sigmoid()
+
+
+class PeakHead(torch.nn.Module):
+    """image [N, 3, H, W] -> CenterNet's maps: heatmap [N, classes, h, w], size [N, 2, h, w], offset [N, 2, h, w]."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+        self.eval()
+
+    def forward(self, image):
+        """Return heatmap, size and offset."""
+        return tuple(maps[0] for maps in self.detector.bbox_head(self.detector.extract_feat(image)))
+
+
 def networks_of_one_stage(detector):
     """Return the network by the name of its file."""
+    if type(detector.bbox_head).__name__ == "CenterNetHead":
+        outputs = {name: {0: "N", 2: "h", 3: "w"} for name in ("heatmap", "size", "offset")}
+        return {"model.onnx": Network(PeakHead(detector), torch.randn(1, 3, 256, 320), {"image": IMAGE_AXES}, outputs)}
+    if type(detector.bbox_head).__name__ == "DETRHead":
+        outputs = {"cls": {0: "N"}, "reg": {0: "N"}}
+        return {"model.onnx": Network(QueryHead(detector), torch.randn(1, 3, 256, 320), {"image": IMAGE_AXES}, outputs)}
     head, preprocess = detector.bbox_head, describe_preprocessing(detector.cfg)
     kinds = ["cls", "reg", *FACTORS.get(type(head).__name__, "").split()]
     levels = range(len(head.prior_generator.strides))
@@ -427,7 +467,13 @@ def check_supported(detector):
 def check_one_stage(detector):
     """Refuse the parts of a one-stage detector that an export would compute differently."""
     head = detector.bbox_head
-    check_types(detector, {"bbox_head": (*ANCHOR_HEADS, *POINT_HEADS, *YOLO_HEADS)})
+    check_types(detector, {"bbox_head": (*ANCHOR_HEADS, *POINT_HEADS, *YOLO_HEADS, "DETRHead", "CenterNetHead")})
+    if type(head).__name__ == "CenterNetHead":
+        check_values(detector, {"test_cfg.local_maximum_kernel": 3})
+        return
+    if type(head).__name__ == "DETRHead":
+        check_values(detector, {"bbox_head.loss_cls.use_sigmoid": False})
+        return
     if type(head).__name__ in ANCHOR_HEADS:
         check_types(detector, {
             "bbox_head.prior_generator": ("AnchorGenerator", "SSDAnchorGenerator"),
@@ -610,6 +656,11 @@ def describe(detector, origin):
         family, parts = describe_two_stages(detector)
     elif type(detector.bbox_head).__name__ in YOLO_HEADS:
         family, parts = describe_yolo(detector)
+    elif type(detector.bbox_head).__name__ == "DETRHead":
+        limit = detector.test_cfg.get("max_per_img", detector.bbox_head.num_query)
+        family, parts = DETRSettings, {"head": Queries(max_per_img=limit)}
+    elif type(detector.bbox_head).__name__ == "CenterNetHead":
+        family, parts = CenterNetSettings, {"head": Queries(max_per_img=detector.test_cfg.topk)}
     else:
         family, parts = describe_one_stage(detector)
     preprocess = describe_preprocessing(detector.cfg)
@@ -876,11 +927,14 @@ def resize_to_collect(transforms):
 def reference(detector, picture, score_threshold=None):
     """Return the Detections of MMDetection's inference_detector, which reads the picture itself."""
     test_cfg = (detector.roi_head if hasattr(detector, "roi_head") else detector.bbox_head).test_cfg
-    own, test_cfg.score_thr = test_cfg.score_thr, test_cfg.score_thr if score_threshold is None else score_threshold
+    own = test_cfg.get("score_thr")
+    if score_threshold is not None and own is not None:
+        test_cfg.score_thr = score_threshold
     try:
         found = inference_detector(detector, str(picture))
     finally:
-        test_cfg.score_thr = own
+        if own is not None:
+            test_cfg.score_thr = own
     per_class, masks = found if isinstance(found, tuple) else (found, None)
     boxes = np.concatenate(per_class)
     labels = np.repeat(np.arange(len(per_class)), [len(found) for found in per_class])

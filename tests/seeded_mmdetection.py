@@ -19,6 +19,7 @@ from seeded import normalise, scale_last_layer, scale_layer, scale_rpn, scale_to
 from detectors.preprocess import preprocess
 from sources.mmdetection import (
     DATASETS,
+    QueryHead,
     RoIHead,
     box_head,
     describe_preprocessing,
@@ -160,12 +161,15 @@ def prepare(detector, blob, image_size, normalised=True):
         torch.nn.init.normal_(offset.weight)
         scaling.append(offset.register_forward_hook(partial(scale_to_unit, deviation=min(0.4, 5 / len(offsets)))))
     features = detector.extract_feat(blob)
-    if not hasattr(detector, "roi_head"):
+    has_queries = hasattr(detector, "bbox_head") and hasattr(detector.bbox_head, "query_embedding")
+    if not hasattr(detector, "roi_head") and not has_queries:
         detector.bbox_head(features)
     for hook in scaling:
         hook.remove()
     if hasattr(detector, "roi_head"):
         scale_two_stages(detector, features, image_size)
+    elif has_queries:
+        scale_queries(detector, blob)
     else:
         scale_one_stage(detector.bbox_head, features)
     for hook in normalising:
@@ -185,6 +189,19 @@ def scale_one_stage(head, features):
         for layer in part if isinstance(part, torch.nn.ModuleList) else [part]:
             layer = layer[-1] if isinstance(layer, torch.nn.Sequential) else layer
             scale_last_layer(layer, partial(head, features), mean, deviation)
+
+
+def scale_queries(detector, blob):
+    """Scale the last layers of DETR's head until its queries tell different things of a picture [1, 3, H, W]."""
+    detector.bbox_head.query_embedding.weight *= 10  # else what they find differs little, and rounding much
+    targets = {"fc_cls": (0.0, 1.5), "fc_reg": (torch.tensor([0.0, 0.0, -1.5, -1.5]), 1.0)}
+    for name, (mean, deviation) in targets.items():
+        layer, outputs = getattr(detector.bbox_head, name), []
+        hook = layer.register_forward_hook(lambda layer, inputs, output, outputs=outputs: outputs.append(output))
+        QueryHead(detector)(blob)
+        hook.remove()
+        scale_layer(layer, [outputs[0].transpose(1, 2)], deviation)
+        layer.bias += mean
 
 
 def scale_two_stages(detector, features, image_size):
