@@ -20,7 +20,9 @@ class CenterNet(DETR):
     def tensors(cls, settings):
         """Return the tensors of the network, {file: {name: shape}}: see Network.expect."""
         channels = {"heatmap": len(settings.classes), "size": 2, "offset": 2}
-        return {"model.onnx": {"image": ("N", 3, "H", "W"), **{name: ("N", c, "h", "w") for name, c in channels.items()}}}
+        return {
+            "model.onnx": {"image": ("N", 3, "H", "W"), **{name: ("N", c, "h", "w") for name, c in channels.items()}}
+        }
 
 
 def best_peaks(heatmap, size, offset, picture, settings, record=ignore):

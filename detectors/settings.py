@@ -47,7 +47,9 @@ class Preprocess(Settings, kw_only=True):
     pad_divisor: Count  # height and width are padded to multiples of it
     pad_to_square: bool = False  # both are padded to the longer one first
     pad_value: Number = 0  # what the network takes there
-    canvas: Natural = 0  # above 0, for pictures that keep their size: they stand in the middle of black, see in_the_middle
+    canvas: Natural = (
+        0  # above 0, for pictures that keep their size: they stand in the middle of black, see in_the_middle
+    )
 
 
 class Anchors(Settings, kw_only=True):

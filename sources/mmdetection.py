@@ -30,8 +30,8 @@ from detectors.settings import (
     CascadeMaskRCNNSettings,
     CascadeRCNNSettings,
     CellAnchors,
-    CenterNetSettings,
     CellPoints,
+    CenterNetSettings,
     Coder,
     Dense,
     DETRSettings,
@@ -850,16 +850,23 @@ def describe_preprocessing(cfg):
     if len(cfg.data.test.pipeline) != 2:
         raise SourceError("data.test.pipeline is not LoadImageFromFile and MultiScaleFlipAug")
     load, augmentation = cfg.data.test.pipeline
-    check_step(load, "LoadImageFromFile", {"to_float32": False, "color_type": "color", "channel_order": "bgr",
+    scaled = (
+        "img_scale" in augmentation
+    )  # CenterNet's pictures are not, and they are read as float32, which is the same
+    check_step(load, "LoadImageFromFile", {"to_float32": not scaled, "color_type": "color", "channel_order": "bgr",
                                            "file_client_args": {"backend": "disk"}})  # fmt: skip
     check_step(augmentation, "MultiScaleFlipAug",
-               {"img_scale": None, "transforms": None, "flip": False, "flip_direction": None})  # fmt: skip
+               {"img_scale": None, "scale_factor": 1.0, "transforms": None, "flip": False,
+                "flip_direction": None})  # fmt: skip
     steps = resize_to_collect(augmentation.transforms)
     scale = augmentation.get("img_scale")
     if isinstance(scale, list) and len(scale) == 1:
         scale = scale[0]
-    if not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(side, int) for side in scale)):
+    is_size = isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(side, int) for side in scale)
+    if scaled and not is_size:
         raise SourceError(f"data.test.pipeline: img_scale is {scale!r}, not one (long side, short side)")
+    if scaled == ("RandomCenterCropPad" in steps) or scaled == ("scale_factor" in augmentation):
+        raise SourceError("data.test.pipeline: RandomCenterCropPad and scale_factor go together, without img_scale")
     normalize = steps.get("Normalize", {"mean": [0] * 3, "std": [1] * 3, "to_rgb": False})
     return Preprocess(
         scale=scale,
@@ -868,6 +875,7 @@ def describe_preprocessing(cfg):
         std=normalize["std"],
         to_rgb=normalize.get("to_rgb", True),
         **describe_padding(steps.get("Pad", {})),
+        canvas=0 if scaled else steps["RandomCenterCropPad"]["test_pad_mode"][1],
     )
 
 
@@ -902,13 +910,17 @@ def resize_to_collect(transforms):
     """Return the steps that follow reading, by their names; refuse another step, option or order."""
     known = {
         "Resize": {"keep_ratio": None},
+        "RandomCenterCropPad": {
+            "ratios": None, "border": None, "mean": [0, 0, 0], "std": [1, 1, 1], "to_rgb": None, "test_mode": True,
+            "test_pad_mode": ["logical_or", 31], "test_pad_add_pix": 1,
+        },
         "RandomFlip": {"flip_ratio": None, "direction": None},  # does nothing without flip=True around it
         "Normalize": {"mean": None, "std": None, "to_rgb": None},
         "Pad": {"size_divisor": None, "pad_to_square": None, "pad_val": None},
         "ImageToTensor": {"keys": None},
         "DefaultFormatBundle": {},
         "Collect": {"keys": None, "meta_keys": None},
-    }
+    }  # fmt: skip
     order = [step.get("type") for step in transforms]
     foreign = [name for name in order if name not in known]
     if foreign:
