@@ -850,9 +850,8 @@ def describe_preprocessing(cfg):
     if len(cfg.data.test.pipeline) != 2:
         raise SourceError("data.test.pipeline is not LoadImageFromFile and MultiScaleFlipAug")
     load, augmentation = cfg.data.test.pipeline
-    scaled = (
-        "img_scale" in augmentation
-    )  # CenterNet's pictures are not, and they are read as float32, which is the same
+    # CenterNet's pictures keep their size; they are read as float32, which then makes no difference.
+    scaled = augmentation.get("img_scale") is not None
     check_step(load, "LoadImageFromFile", {"to_float32": not scaled, "color_type": "color", "channel_order": "bgr",
                                            "file_client_args": {"backend": "disk"}})  # fmt: skip
     check_step(augmentation, "MultiScaleFlipAug",

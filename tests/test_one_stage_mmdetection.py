@@ -35,8 +35,11 @@ CONFIGS = {  # and what is changed in them, beside the size of the pictures
     "reppoints/reppoints_moment_r50_fpn_gn-neck+head_1x_coco": {},
     "yolo/yolov3_mobilenetv2_320_300e_coco": {},
     "yolox/yolox_tiny_8x8_300e_coco": {SCALE: (416, 416)},
+    "tood/tood_r50_fpn_1x_coco": {},
+    "centernet/centernet_resnet18_140e_coco": {SCALE: None},
+    "detr/detr_r50_8x2_150e_coco": {},
 }  # fmt: skip
-LEAVE_THE_PICTURE = ("yolo", "yolox")  # their boxes are not clipped
+LEAVE_THE_PICTURE = ("yolo", "yolox", "tood", "centernet")  # their boxes are not clipped
 
 
 @pytest.mark.slow
@@ -55,7 +58,7 @@ def test_a_one_stage_detector(tmp_path, photographs, capsys, name):
     second = detector(upright)
     assert_equal_detections(second, source.detect(tmp_path / "upright.png"))
     assert len(second.boxes) >= 100
-    assert len(set(second.labels)) >= 5
+    assert len(set(second.labels)) >= 5 or folder == "detr"  # random queries tell little of another picture
     (height, width), boxes = upright.shape[:2], second.boxes
     outside = (boxes < -1).any() or (boxes > np.float32([width, height] * 2) + 1).any()
     at_border = np.isclose(boxes, 0, atol=1e-3) | np.isclose(boxes, np.float32([width, height] * 2), atol=1.5)
@@ -107,6 +110,14 @@ REFUSED = {  # configs, their changes, and what is named
     "gfl/gfl_r50_fpn_1x_coco": ({"model.bbox_head.anchor_generator.center_offset": 0.5}, "center_offset is 0.5"),
     "fsaf/fsaf_r50_fpn_1x_coco": ({"model.bbox_head.bbox_coder.normalizer": [4, 4, 2, 2]}, "several normalizers"),
     "yolox/yolox_s_8x8_300e_coco": ({"data.test.pipeline.1.transforms.2.pad_val": {"img": (1, 2, 3)}}, "Pad"),
+    "tood/tood_r50_fpn_anchor_based_1x_coco": ({}, "bbox_head.anchor_type is 'anchor_based'"),
+    "detr/detr_r50_8x2_150e_coco": ({"model.bbox_head.loss_cls.use_sigmoid": True}, "loss_cls.use_sigmoid is True"),
+    "centernet/centernet_resnet18_140e_coco": (
+        {SCALE: None, "model.test_cfg.local_maximum_kernel": 5}, "local_maximum_kernel is 5"
+    ),
+    "centernet/centernet_resnet18_dcnv2_140e_coco": (
+        {}, "to_float32=True"
+    ),
     "vfnet/vfnet_r50_fpn_1x_coco": ({"model.test_cfg.nms.type": "nms_match"}, "model.test_cfg.nms has type"),
 }  # fmt: skip
 
