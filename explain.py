@@ -95,7 +95,7 @@ class Pipeline:
         self.resized = self.seen[:height, :width]
         if hasattr(self, "propose"):
             self.follow_two_stages()
-        else:
+        elif hasattr(detector, "priors"):
             self.strides, self.anchors, self.scores = maps_of_one_stage(self)
 
     def follow_two_stages(self):
@@ -611,13 +611,14 @@ def resized_masks(masks, image):
 
 def pages_of(p):
     """Return the pages, numbered in the order of what happens."""
-    drawers = drawers_of_two_stages(p) if hasattr(p, "propose") else drawers_of_one_stage()
+    drawers = drawers_of_two_stages(p) if hasattr(p, "propose") else drawers_of_one_stage(p)
     return [numbered(draw_page(p), number) for number, draw_page in enumerate(drawers, 1)]
 
 
-def drawers_of_one_stage():
-    """Return the functions that draw the pages of a one-stage detector."""
-    return [draw_input, draw_priors, draw_scores, draw_candidates, draw_nms, draw_result]
+def drawers_of_one_stage(p):
+    """Return the functions that draw the pages of a one-stage detector; CenterNet and DETR have no priors."""
+    between = [draw_priors, draw_scores, draw_candidates, draw_nms] if hasattr(p.detector, "priors") else []
+    return [draw_input, *between, draw_result]
 
 
 def drawers_of_two_stages(p):

@@ -2,8 +2,8 @@
 
 They differ from MMDetection's in settings, and in the place of the background, which is class 0 of torchvision. The
 exported heads have it last, the exported mask head lacks it; so a label is a position in the list of classes and a
-mask's channel, and torchvision's own label is one more. Only RetinaNet and FCOS have no background, but a class 0 that
-was never trained; it has no name.
+mask's channel, and torchvision's own label is one more. RetinaNet and FCOS have no background; their class 0, of which
+nothing was trained, is the last class here, without a name.
 """
 
 import ast
@@ -239,7 +239,7 @@ def class_names(names, content, weights, model):
     twice = [name for name, times in Counter(filter(None, map(str, names))).items() if times > 1]
     if twice:
         raise SourceError(f"{len(twice)} names stand for more than one class, the first is {twice[0]}")
-    return names if has_background(model) else ["", *names]
+    return names if has_background(model) else [*names, ""]
 
 
 def number_of_classes(model):
@@ -322,7 +322,7 @@ class DenseHead(torch.nn.Module):
 
 def maps_of_retina_net(classify, regress, features):
     """Return cls and reg of every level."""
-    yield [classify.cls_logits(classify.conv(level)) for level in features]
+    yield [first_last(classify.cls_logits(classify.conv(level)), classify.num_classes) for level in features]
     yield [regress.bbox_reg(regress.conv(level)) for level in features]
 
 
@@ -334,12 +334,12 @@ def maps_of_fcos(classify, regress, features):
 
 
 def maps_of_ssd(classify, regress, features):
-    """Return cls, whose background comes last, and reg of every level."""
-    yield [background_last(layer(level), classify.num_columns) for layer, level in zip(classify.module_list, features)]
+    """Return cls and reg of every level."""
+    yield [first_last(layer(level), classify.num_columns) for layer, level in zip(classify.module_list, features)]
     yield [layer(level) for layer, level in zip(regress.module_list, features)]
 
 
-def background_last(cls, classes):
+def first_last(cls, classes):
     """Return logits [N, a * classes, h, w], each prior's first class moved to its end."""
     channels = torch.arange(cls.shape[1]).view(-1, classes).roll(-1, dims=1)
     return cls[:, channels.flatten()]
@@ -558,7 +558,7 @@ def reference(model, picture, score_threshold=None):
     finally:
         heads.score_thresh = own
     masks = encode_masks(found["masks"]) if "masks" in found else None
-    labels = found["labels"].numpy() - has_background(model)
+    labels = (found["labels"].numpy() - 1) % number_of_classes(model)
     return Detections(found["boxes"].numpy(), found["scores"].numpy(), labels, masks)
 
 
