@@ -37,7 +37,8 @@ def test_preprocessing_is_bit_equal_to_mmdetection(photographs, scale):
     for image in [*photographs.values(), *odd]:
         expected = pipeline({"img": image})
         meta = expected["img_metas"][0].data
-        blob, image_size, scale_factor, original_size = preprocess(image, settings)
+        blob, image_size, scale_factor, original_size, offset = preprocess(image, settings)
+        assert offset == (0, 0)
         assert original_size == meta["ori_shape"][:2]
         assert blob.dtype == np.float32
         np.testing.assert_array_equal(blob[0], expected["img"][0].numpy())

@@ -91,7 +91,7 @@ def test_letterboxed_pictures_are_bit_equal(photographs, scale):
     settings = Preprocess(scale=scale, pad_divisor=1, pad_to_square=True, pad_value=114, **nothing)
     for image in photographs.values():
         expected = pipeline({"img": image})
-        blob, image_size, _, _ = preprocess(image, settings)
+        blob, image_size, *_ = preprocess(image, settings)
         np.testing.assert_array_equal(blob[0], expected["img"][0].data.numpy())
         assert blob.shape[2] == blob.shape[3]
         assert tuple(image_size) == expected["img_metas"][0].data["img_shape"][:2]
