@@ -63,7 +63,7 @@ LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
         "cls_prob_module": (-1.0, 1.0),
         "reg_offset_module": (0.0, 0.5),
     },
-    "CenterNetHead": {"heatmap_head": (-3.0, 1.2), "wh_head": (10.0, 2.0), "offset_head": (0.5, 0.2)},
+    "CenterNetHead": {"heatmap_head": (-3.0, 1.2), "wh_head": (30.0, 2.0), "offset_head": (0.5, 0.2)},
     "YOLOFHead": {"cls_score": (-1.0, 1.2), "bbox_pred": SHIFTS, "object_pred": (-4.0, 1.0)},
     "SSDHead": {"cls_convs": (0.0, 1.5), "reg_convs": SHIFTS},
     "YOLOXHead": {
