@@ -145,7 +145,8 @@ def as_source(model, classes, origin):
     def detect(picture, score_threshold=None):
         return reference(model, picture, score_threshold)
 
-    image = torch.randn(1, 3, *(model.transform.fixed_size or (320, 256))[::-1])
+    size = model.transform.fixed_size[::-1] if isinstance(model, SSD) else (256, 320)  # all of an SSD's have its own
+    image = torch.randn(1, 3, *size)
     try:
         settings = describe(model, strides_of(model, image), classes, origin)
     except SettingsError as error:
@@ -205,7 +206,7 @@ def frozen_eps(builder, arguments):
     return BUILDERS[builder].frozen_eps
 
 
-def renamed(state, old_names):
+def renamed(state, old_names=OLD_NAMES):
     """Return a state dict with the names that torchvision gives today."""
     for old, new in old_names.items():
         state = {re.sub(old, new, name): value for name, value in state.items()}

@@ -199,7 +199,7 @@ def test_every_argument_that_can_be_set_is_honoured(name, checkpoints, exports, 
 
 
 def test_every_argument_has_a_test():
-    assert {*CHANGES, "frozen_eps"} == set(source.OPTIONS)
+    assert {*CHANGES, "frozen_eps"} == set(source.OF_ROIS)
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
@@ -496,7 +496,7 @@ def test_set_needs_a_name_and_a_value():
 
 
 def test_other_builders_are_refused_by_name(tmp_path):
-    for name in ("retinanet_resnet50_fpn", "keypointrcnn_resnet50_fpn", "nonsense", ""):
+    for name in ("keypointrcnn_resnet50_fpn", "nonsense", ""):
         assert_refused([f"torchvision:{name}", "--out", tmp_path], f"torchvision:{name} cannot", R50, MASK)
 
 
@@ -509,15 +509,18 @@ def test_an_older_torchvision_is_refused(monkeypatch):
 def test_checkpoints_that_do_not_fit(checkpoints, shapes_checkpoint, tmp_path):
     state = torch.load(checkpoints(SMALL), weights_only=True)
     broken = {
-        "empty.pth": ({}, ["holds no Faster R-CNN of torchvision"]),
-        "classifier.pth": ({"fc.weight": torch.zeros(5, 5)}, ["holds no Faster R-CNN of torchvision"]),
-        "none.pth": ({"roi_heads.box_predictor.cls_score.weight": torch.zeros(1, 8)}, ["holds no Faster"]),
+        "empty.pth": ({}, [f"holds no {SMALL} of torchvision: it lacks roi_heads.box_predictor.cls_score"]),
+        "classifier.pth": (
+            {"fc.weight": torch.zeros(5, 5)},
+            [f"holds no {SMALL} of torchvision: it lacks roi_heads.box_predictor.cls_score"],
+        ),
+        "none.pth": ({"roi_heads.box_predictor.cls_score.weight": torch.zeros(1, 8)}, [f"holds no {SMALL}"]),
         "huge.pth": (
             {**state, "roi_heads.box_predictor.cls_score.weight": torch.zeros(1).expand(10**10, 8)},
             ["cannot be built"],
         ),
         "number.pth": ({"model": 5}, ["holds no state dict"]),
-        "scalar.pth": ({**state, "roi_heads.box_predictor.cls_score.weight": torch.tensor(1.0)}, ["holds no Faster"]),
+        "scalar.pth": ({**state, "roi_heads.box_predictor.cls_score.weight": torch.tensor(1.0)}, [f"holds no {SMALL}"]),
         "nan.pth": ({**state, "rpn.head.cls_logits.bias": torch.full((15,), np.nan)}, ["cls_logits.bias holds NaN"]),
         "more.pth": ({**state, "roi_heads.mask_head.weight": torch.zeros(1)}, ["mask_head.weight is left over"]),
     }
