@@ -43,6 +43,7 @@ LAST_NORMS = {  # the last normalisation of a residual branch
 CLS, FACTOR, SHIFTS = (-5.0, 1.2), (0.0, 1.0), (0.2, 0.4)  # mean and deviation of what layers give
 LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
     "RetinaHead": {"retina_cls": CLS, "retina_reg": SHIFTS},
+    "RetinaSepBNHead": {"retina_cls": CLS, "retina_reg": SHIFTS},
     "FSAFHead": {"retina_cls": CLS, "retina_reg": (1.0, 0.5)},
     "ATSSHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
     "PAAHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
