@@ -109,7 +109,7 @@ def logit(score):
     """Return the number whose sigmoid is a score; -inf for 0 and less, inf for 1 and more."""
     score = np.clip(score, 0, 1)
     with np.errstate(divide="ignore"):
-        return np.log(score) - np.log1p(-score)
+        return float(np.log(score) - np.log1p(-score))  # a NumPy float64 would make float64 of what it is compared with
 
 
 def sizes_of(levels):
