@@ -2,7 +2,7 @@
 
 python explain.py PICTURE      into the folder output/: 1_input.png to 9_result.png, and index.html with all of them
 
-A cascade adds a page, and so do masks and PointRend's points. One-stage detectors have six.
+A cascade adds a page, and so do masks and PointRend's points. One-stage detectors have six, CenterNet four, DETR three.
 
 Exit status: 0 all well, 2 nothing could be done, 130 interrupted.
 """
@@ -24,21 +24,28 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
 from detectors import ModelError, default_folder, load, one_line, rle  # noqa: E402
-from explain_one_stage import draw_candidates, draw_priors, draw_scores, maps_of_one_stage  # noqa: E402
+from explain_one_stage import (  # noqa: E402
+    draw_candidates,
+    draw_heat,
+    draw_peaks,
+    draw_priors,
+    draw_queries,
+    draw_scores,
+    maps_of_one_stage,
+)
 from explain_relatives import draw_cascade, draw_masks, draw_points  # noqa: E402
 from figures import (  # noqa: E402
     DPI,
     PALETTE,
-    SCORES,
     WIDTH,
     Page,
-    add_score_bar,
     draw_bars,
     draw_before_and_after,
     draw_boxes,
+    draw_maps,
+    draw_some_anchors,
     draw_zoom,
     empty_page,
-    extent_of,
     level_names,
     level_panels,
     listed,
@@ -75,7 +82,8 @@ class Pipeline:
 
     What a cascade does several times is in lists: `aligned`, `heads` and the `rois` that each head sees, one entry for
     each head; `mask_heads`, empty where there are no masks. RoI number i of every head comes from proposal number i.
-    Of a one-stage detector there are only `strides`, `anchors` and `scores`, a map for each level.
+    Of a one-stage detector there are only `strides`, `anchors` and `scores`, a map for each level. `decided_by` names
+    the function that returned the detections.
     """
 
     def __init__(self, detector, image):
@@ -92,11 +100,16 @@ class Pipeline:
         pixels = self.preprocess["blob"][0].transpose(1, 2, 0) * np.float32(settings.std) + np.float32(settings.mean)
         self.seen = np.clip(pixels, 0, 255).round().astype(np.uint8)[..., :: 1 if settings.to_rgb else -1]
         height, width = self.preprocess["image_size"]
-        self.resized = self.seen[:height, :width]
+        left, top = self.preprocess["offset"]
+        self.resized = self.seen[top : top + height, left : left + width]
+        self.decided_by = "postprocess.detect"
         if hasattr(self, "propose"):
             self.follow_two_stages()
         elif hasattr(detector, "priors"):
             self.strides, self.anchors, self.scores = maps_of_one_stage(self)
+            self.decided_by = "detectors.one_stage.suppress"
+        else:
+            self.decided_by = f"detectors.{'center_net.best_peaks' if 'heatmap' in self.model else 'detr.answers'}"
 
     def follow_two_stages(self):
         """Find what is drawn of a two-stage detector."""
@@ -136,46 +149,66 @@ class Pipeline:
 
 def draw_input(p):
     """Draw the picture as the first network sees it."""
-    height, width = p.resized.shape[:2]
+    (left, top), (height, width) = p.preprocess["offset"], p.resized.shape[:2]
     padded_height, padded_width = p.seen.shape[:2]
     original_height, original_width = p.image.shape[:2]
-    caption = (
-        f"Input: {original_width} x {original_height} pixels, resized to {width} x {height}, "
-        f"padded to {padded_width} x {padded_height}"
-    )
+    settings = p.settings.preprocess
+    resized = "" if settings.scale is None else f"resized to {width} x {height}, "
+    caption = f"Input: {original_width} x {original_height} pixels, {resized}padded to {padded_width} x {padded_height}"
     figure = new_figure(panel_height(p.seen, 1.1) + 0.3)
     axis = figure.subplots()
     show(axis, p.seen)
-    for x, y, w, h in ((width, 0, padded_width - width, padded_height), (0, height, width, padded_height - height)):
+    right, bottom = left + width, top + height
+    for x, y, w, h in ((right, 0, padded_width - right, padded_height), (0, bottom, right, padded_height - bottom),
+                       (0, 0, left, bottom), (left, 0, width, top)):  # fmt: skip
         if w and h:
             axis.add_patch(
                 mpl.patches.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, hatch="////", lw=0, color="white")
             )
-    axis.set_xticks([0, width], ["0", f"{width}"])
-    axis.set_yticks([0, height], ["0", f"{height}"])
-    settings = p.settings.preprocess
-    filler = "zeros" if settings.pad_value == 0 else f"pixels of {settings.pad_value:g}"
-    until = "up to a square" if settings.pad_to_square else f"up to multiples of {settings.pad_divisor}"
+    axis.set_xticks([left, right], ["0", f"{width}"])
+    axis.set_yticks([top, bottom], ["0", f"{height}"])
+    filler = "black" if settings.canvas else name_of_padding(settings)
+    until = "up to a square" if settings.pad_to_square else f"up to multiples of {divisor_of(settings)}"
     hatched = f"; hatched: {filler}, {until}" if p.seen.shape != p.resized.shape else ""
     axis.set_xlabel("shown before normalisation" + hatched)
-    long_side, short_side = max(settings.scale), min(settings.scale)
+    which = "first network" if hasattr(p, "propose") else "network"
+    return Page("input", caption, tell_input(settings, width, height, which), "detectors.preprocess.preprocess", figure)
+
+
+def name_of_padding(settings):
+    """Return what pictures are padded with, as a text."""
+    return "zeros" if settings.pad_value == 0 else f"pixels of {settings.pad_value:g}"
+
+
+def divisor_of(settings):
+    """Return the number of which the sides of what the network sees are multiples."""
+    return settings.canvas + 1 if settings.canvas else settings.pad_divisor
+
+
+def tell_input(settings, width, height, which):
+    """Return the text about the picture as a network sees it, which is resized to width and height."""
+    normalised = "it is not normalised"
+    if any(settings.mean) or set(settings.std) != {1}:
+        normalised = (
+            f"it is normalised: from each channel its mean is subtracted ({listed(settings.mean)}), and the rest is "
+            f"divided by its standard deviation ({listed(settings.std)})"
+        )
+    divisor = divisor_of(settings)
+    sides = f"make both sides multiples of {divisor}, because the {which} halves the picture again and again."
+    if settings.canvas:
+        return f"The picture keeps its size. It is put in the middle of black pixels, which {sides} Then {normalised}."
     resized = f"to {width} x {height} pixels, whatever its shape"
     if settings.keep_ratio:
+        long_side, short_side = max(settings.scale), min(settings.scale)
         resized = f"until its long side is {long_side} pixels or its short side {short_side}, whichever comes first"
     order = "Before that" if settings.normalize_first else "Then"
-    which = "first network" if hasattr(p, "propose") else "network"
-    text = (
-        f"The picture is resized {resized}. {order} it is normalised: from each channel its mean is subtracted "
-        f"({listed(settings.mean)}), and the rest is divided by its standard deviation ({listed(settings.std)}). "
-    )
+    text = f"The picture is resized {resized}. {order} {normalised}. "
+    filler = name_of_padding(settings)
     if settings.pad_to_square:
-        text += f"On the right or at the bottom, {filler} make it a square, which is what the {which} was trained on."
-    else:
-        text += (
-            f"{filler.capitalize()} on the right and at the bottom make both sides multiples of "
-            f"{settings.pad_divisor}, because the {which} halves the picture again and again."
+        return text + (
+            f"On the right or at the bottom, {filler} make it a square, which is what the {which} was trained on."
         )
-    return Page("input", caption, text, "detectors.preprocess.preprocess", figure)
+    return text + (f"{filler.capitalize()} on the right and at the bottom {sides}" if divisor > 1 else "")
 
 
 def draw_anchors(p):
@@ -185,18 +218,10 @@ def draw_anchors(p):
     number = p.anchors[0].shape[2]
     caption = f"Anchors: {sum(counts):,} boxes of fixed sizes, {number} at every cell of every level"
     figure, axes = level_panels(p, fade=0.55)
-    height, width = p.resized.shape[:2]
     for level, axis in enumerate(axes):
         map_height, map_width = p.anchors[level].shape[:2]
         axis.set_title(f"level {level}, stride {p.strides[level]}: {map_width} x {map_height} cells", fontsize=11)
-        for part in (0.2, 0.5, 0.8):
-            y, x = int(min(height / p.strides[level], map_height) / 2), int(width / p.strides[level] * part)
-            y, x = min(y, map_height - 1), min(x, map_width - 1)
-            anchors = p.anchors[level][y, x]
-            draw_boxes(axis, anchors, PALETTE[level % len(PALETTE)])
-            axis.plot(*((anchors[0, :2] + anchors[0, 2:]) / 2), "+", color="black", ms=6)
-        axis.set_xlim(-0.3 * width, 1.3 * width)
-        axis.set_ylim(1.3 * height, -0.3 * height)
+        draw_some_anchors(axis, p, level)
     text = (
         "The search starts from anchors: boxes that are the same for every picture of this size. Their height is "
         f"{listed(settings.ratios)} times their width, and the side of a square one is {listed(settings.scales)} times "
@@ -209,19 +234,12 @@ def draw_anchors(p):
 
 def draw_objectness(p):
     """Draw the RPN's scores of each level over the picture."""
-    strides, softmax_of_two, maps = p.strides, p.settings.proposals.softmax, []
+    softmax_of_two, maps = p.settings.proposals.softmax, []
     for logits, anchors in zip(p.cls, p.anchors):
         maps.append(objectness(logits, softmax_of_two).reshape(anchors.shape[:3]).max(axis=2))
     best = max(scores.max() for scores in maps)
     caption = f"Objectness: how sure the RPN is that there is an object at a cell (best {best:.2f})"
-    figure, axes = level_panels(p, fade=0.3)
-    for level, axis in enumerate(axes):
-        axis.set_title(f"level {level}, stride {strides[level]}: best {maps[level].max():.2f}", fontsize=11)
-        alpha = 0.2 + 0.7 * maps[level]  # where there is nothing the picture shows
-        extent = extent_of(p.anchors[level], strides[level])
-        axis.imshow(maps[level], cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
-        axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
-    add_score_bar(figure, list(axes), "objectness")
+    figure = draw_maps(p, maps, "objectness")
     logit, function = ("a pair of logits", "softmax") if softmax_of_two else ("a logit", "sigmoid")
     text = (
         f"For every anchor the first network predicts {logit}, which a {function} turns into its objectness: how "
@@ -540,7 +558,7 @@ def draw_nms(p, shown=12):
     else:
         nothing(right, "no box removed another")
         right.axis("off")
-    functions = "postprocess.detect, postprocess.batched_nms, postprocess." + (
+    functions = f"{p.decided_by}, postprocess.batched_nms, postprocess." + (
         "nms" if p.settings.head.soft_min_score is None else "soft_nms"
     )
     return Page("nms", caption, tell_nms(p), functions, figure)
@@ -558,11 +576,13 @@ def tell_nms(p):
             f"A box is removed when its score is below {settings.soft_min_score:g}"
         )
     group = "all boxes" if of_all_classes(p) else "the boxes of each class"
+    limit = "All of them are returned"
+    if settings.max_per_img is not None:
+        limit = f"No more than {settings.max_per_img:,} are returned, the best of all classes"
     return (
-        f"Several proposals end up on the same object. {name} goes through {group} from the best to the worst, and "
-        f"{fate}: of {before:,} boxes, {before - kept:,} are removed and {kept:,} stay. No more than "
-        f"{settings.max_per_img:,} are returned, the best of all classes: here {after:,}. Shown are the removed boxes "
-        "with the least IoU, at most two for each box that removed some, in its colour."
+        f"Several boxes end up on the same object. {name} goes through {group} from the best to the worst, and "
+        f"{fate}: of {before:,} boxes, {before - kept:,} are removed and {kept:,} stay. {limit}: here {after:,}. Shown "
+        "are the removed boxes with the least IoU, at most two for each box that removed some, in its colour."
     )
 
 
@@ -587,13 +607,18 @@ def draw_result(p):
     large = shown._replace(boxes=shown.boxes * np.float32(scale), masks=resized_masks(shown.masks, image))
     figure = new_figure(panel_height(p.image, 1.1))
     show(figure.subplots(), draw(image, large, p.detector.classes)[..., ::-1])
+    back = "are divided by the factors by which the picture was resized"
+    if p.settings.preprocess.scale is None:
+        back = "are moved by what stands beside the picture and above it"
     text = (
-        "The boxes are divided by the factors by which the picture was resized: now they are pixels of the picture as "
-        f"it came in. Drawn are the detections with a score of at least {SHOWN_SCORE}."
+        f"The boxes {back}: now they are pixels of the picture as it came in. Drawn are the detections with a score of "
+        f"at least {SHOWN_SCORE}."
     )
+    if hasattr(p, "vote"):
+        text += " Each box is the weighted mean of all candidates of its class that overlap it."
     if shown.masks is not None:
         text += " The pixels of a mask are tinted, and its outline is drawn."
-    return Page("result", caption, text, "postprocess.detect, pictures.draw", figure)
+    return Page("result", caption, text, f"{p.decided_by}, pictures.draw", figure)
 
 
 def resized_masks(masks, image):
@@ -617,8 +642,9 @@ def pages_of(p):
 
 def drawers_of_one_stage(p):
     """Return the functions that draw the pages of a one-stage detector; CenterNet and DETR have no priors."""
-    between = [draw_priors, draw_scores, draw_candidates, draw_nms] if hasattr(p.detector, "priors") else []
-    return [draw_input, *between, draw_result]
+    if hasattr(p.detector, "priors"):
+        return [draw_input, draw_priors, draw_scores, draw_candidates, draw_nms, draw_result]
+    return [draw_input, *([draw_heat, draw_peaks] if "heatmap" in p.model else [draw_queries]), draw_result]
 
 
 def drawers_of_two_stages(p):

@@ -7,12 +7,17 @@ from figures import (
     SCORES,
     Page,
     add_score_bar,
+    colours_of_scores,
     draw_before_and_after,
     draw_boxes,
-    extent_of,
+    draw_maps,
+    draw_some_anchors,
     level_names,
     level_panels,
     listed,
+    new_figure,
+    panel_height,
+    show,
 )
 from postprocess import grid_anchors, map_stride, sigmoid, softmax
 
@@ -44,8 +49,8 @@ def places(settings, level, sizes):
     if hasattr(settings, "anchors"):
         return map_stride(level, sizes, settings.anchors), np.float32(settings.anchors.boxes[level])
     points = settings.points
-    stride = points.strides[level]
-    return stride, np.float32([[-0.5, -0.5, 0.5, 0.5]]) * stride + np.float32(points.offset * stride)
+    stride = np.broadcast_to(np.float32(map_stride(level, sizes, points)), 4)
+    return stride, (np.float32([[-0.5, -0.5, 0.5, 0.5]]) + np.float32(points.offset)) * stride
 
 
 def has_anchors(p):
@@ -85,19 +90,6 @@ def draw_priors(p):
     return Page(kind, caption, text, f"{module_of(p)}.decode, postprocess.grid_anchors", figure)
 
 
-def draw_some_anchors(axis, p, level):
-    """Draw the anchors of three cells of a level."""
-    (height, width), (map_height, map_width) = p.resized.shape[:2], p.anchors[level].shape[:2]
-    stride = p.strides[level]
-    for part in (0.2, 0.5, 0.8):
-        y = min(int(min(height / stride, map_height) / 2), map_height - 1)
-        x = min(int(width / stride * part), map_width - 1)
-        anchors = p.anchors[level][y, x]
-        draw_boxes(axis, anchors, PALETTE[level % len(PALETTE)])
-        axis.plot(*((anchors[0, :2] + anchors[0, 2:]) / 2), "+", color="black", ms=6)
-    axis.set(xlim=(-0.3 * width, 1.3 * width), ylim=(1.3 * height, -0.3 * height))
-
-
 def module_of(p):
     """Return where a detector's class is, as a name."""
     return f"{type(p.detector).__module__}.{type(p.detector).__name__}"
@@ -106,14 +98,7 @@ def module_of(p):
 def draw_scores(p):
     """Draw the best score of each cell over the picture, level by level."""
     best = max(scores.max() for scores in p.scores)
-    figure, axes = level_panels(p, fade=0.3)
-    for level, (axis, scores) in enumerate(zip(axes, p.scores)):
-        axis.set_title(f"level {level}, stride {p.strides[level]:g}: best {scores.max():.2f}", fontsize=11)
-        extent = extent_of(p.anchors[level], p.strides[level])
-        alpha = 0.2 + 0.7 * scores  # where there is nothing the picture shows
-        axis.imshow(scores, cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
-        axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
-    add_score_bar(figure, list(axes), "best score of all classes")
+    figure = draw_maps(p, p.scores, "best score of all classes")
     return Page("scores", f"Scores: how sure the network is of the best class at a cell (best {best:.2f})",
                 tell_scores(p), "model.onnx, detectors.one_stage.best_candidates", figure)  # fmt: skip
 
@@ -127,7 +112,7 @@ def tell_scores(p):
         f"{function} turns into a score. "
     )
     if head.factor:
-        text += f"It also predicts a {head.factor}, by which the scores are multiplied"
+        text += f"It also predicts another map, {head.factor}, whose sigmoid the scores are multiplied by"
         text += ", and the root of the product is taken. " if head.combined == "root" else ". "
     return text + (
         "A cell has the colour of its best class. Small objects light up on the fine levels, large ones on the coarse "
@@ -151,3 +136,63 @@ def draw_candidates(p, shown=60):
     )
     functions = f"detectors.one_stage.best_candidates, {module_of(p)}.decode, detectors.one_stage.suppress"
     return Page("candidates", caption, text, functions, figure)
+
+
+# ---------------------------------------------------------------------- without priors
+
+
+def draw_heat(p):
+    """Draw CenterNet's heat, of each cell that of its best class, and the peaks."""
+    heat, peaks = p.model["heatmap"][0].max(axis=0), len(p.detect["kept"])
+    (height, width), (map_height, map_width) = p.seen.shape[:2], heat.shape
+    figure = new_figure(panel_height(p.seen, 1.15))
+    axis = figure.subplots()
+    show(axis, p.seen, fade=0.3)
+    axis.imshow(heat, cmap=SCORES, vmin=0, vmax=1, alpha=0.2 + 0.7 * heat, extent=(0, width, height, 0),
+                interpolation="nearest")  # fmt: skip
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    boxes = p.detect["resized"] + np.tile(p.preprocess["offset"], 2)
+    axis.plot(*((boxes[:, :2] + boxes[:, 2:]) / 2).T, "+", color="white", ms=6, mew=1)
+    add_score_bar(figure, [axis], "heat of the best class")
+    text = (
+        f"An object is a point: the centre of its box. The network draws a map of heat for each of "
+        f"{len(p.detector.classes):,} classes, {map_width} x {map_height} cells. A cell that is at least as hot as the "
+        f"eight around it is a peak. A cross stands in the cell of each of the best {peaks:,}, where the network says "
+        "that the centre is."
+    )
+    caption = f"Heat: {map_width} x {map_height} cells, {peaks:,} peaks, the hottest {heat.max():.2f}"
+    return Page("heat", caption, text, "model.onnx, detectors.center_net.largest_around", figure)
+
+
+def draw_peaks(p):
+    """Draw the boxes of CenterNet's peaks."""
+    text = (
+        "Two more maps are read where the peaks are: how large the box is, and where in the cell its centre. The "
+        "neighbours of a peak are no peaks, so one object is found once, and no NMS follows."
+    )
+    return Page("boxes", f"Boxes: one around each of {len(p.detect['kept']):,} peaks", text,
+                "detectors.center_net.best_peaks", draw_answers(p))  # fmt: skip
+
+
+def draw_queries(p):
+    """Draw the boxes with which DETR's queries answer."""
+    scores, queries = p.detect["scores"], len(p.detect["scores"])
+    text = (
+        f"{queries:,} learned queries ask a transformer that has read the whole picture. Each answers with a box, and "
+        'with a class or with "no object". They were trained to answer with different objects, so no NMS follows. A '
+        "box has the colour of its query's best class; that of most queries is nearly zero, because they found no "
+        "object."
+    )
+    caption = f"Queries: {queries:,} answers, the best score {scores.max(initial=0):.2f}"
+    return Page("queries", caption, text, "model.onnx, detectors.detr.answers", draw_answers(p))
+
+
+def draw_answers(p):
+    """Return a figure with the boxes of all answers, the best on top."""
+    order = np.argsort(p.detect["scores"], kind="stable")
+    figure = new_figure(panel_height(p.resized, 1.15))
+    axis = figure.subplots()
+    show(axis, p.resized, fade=0.5)
+    draw_boxes(axis, p.detect["resized"][order], colours_of_scores(p.detect["scores"][order]))
+    add_score_bar(figure, [axis], "score")
+    return figure

@@ -89,6 +89,32 @@ def extent_of(anchors, stride):
     return left, right, bottom, top
 
 
+def draw_some_anchors(axis, p, level):
+    """Draw the anchors of three cells of a level."""
+    (height, width), (map_height, map_width) = p.resized.shape[:2], p.anchors[level].shape[:2]
+    stride = p.strides[level]
+    for part in (0.2, 0.5, 0.8):
+        y = min(int(min(height / stride, map_height) / 2), map_height - 1)
+        x = min(int(width / stride * part), map_width - 1)
+        anchors = p.anchors[level][y, x]
+        draw_boxes(axis, anchors, PALETTE[level % len(PALETTE)])
+        axis.plot(*((anchors[0, :2] + anchors[0, 2:]) / 2), "+", color="black", ms=6)
+    axis.set(xlim=(-0.3 * width, 1.3 * width), ylim=(1.3 * height, -0.3 * height))
+
+
+def draw_maps(p, maps, label):
+    """Return a figure with a map of scores [h, w] for each level, over the picture."""
+    figure, axes = level_panels(p, fade=0.3)
+    for level, (axis, scores) in enumerate(zip(axes, maps)):
+        axis.set_title(f"level {level}, stride {p.strides[level]:g}: best {scores.max():.2f}", fontsize=11)
+        extent = extent_of(p.anchors[level], p.strides[level])
+        alpha = 0.2 + 0.7 * scores  # where there is nothing the picture shows
+        axis.imshow(scores, cmap=SCORES, vmin=0, vmax=1, alpha=alpha, extent=extent, interpolation="nearest")
+        axis.set(xlim=(-0.5, p.resized.shape[1] - 0.5), ylim=(p.resized.shape[0] - 0.5, -0.5))
+    add_score_bar(figure, list(axes), label)
+    return figure
+
+
 def draw_before_and_after(picture, boxes, stage, after, shown, label="objectness"):
     """Return a figure with the best boxes of each level before and after NMS.
 

@@ -8,7 +8,7 @@ from detectors.detr import DETR
 from detectors.faster_rcnn import FasterRCNN
 from detectors.fcos import FCOS
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
-from detectors.networks import ModelError, Network, one_line
+from detectors.networks import Execution, ModelError, Network, one_line
 from detectors.paa import PAA
 from detectors.point_rend import PointRend
 from detectors.retina_net import RetinaNet
@@ -17,7 +17,7 @@ from detectors.tood import TOOD
 from detectors.yolo import YOLO
 from postprocess import Detections
 
-__all__ = ["BUNDLED", "FIRST", "Detections", "ModelError", "default_folder", "load", "one_line"]
+__all__ = ["BUNDLED", "FIRST", "Detections", "Execution", "ModelError", "default_folder", "load", "one_line"]
 
 FAMILIES = {
     "faster_rcnn": FasterRCNN,
@@ -43,20 +43,20 @@ def default_folder():
     return CKPT if any((CKPT / name).exists() for name in FIRST) else BUNDLED
 
 
-def load(folder, options=()):
+def load(folder, options=(), execution=Execution()):  # noqa: B008, it is immutable
     """Return the detector whose export is in a folder; ModelError if there is none, or if it cannot run.
 
     options: (name, value as text) of settings that shall have other values than in the files, see CHANGEABLE.
     """
     folder = Path(folder)
-    first = Network(folder / first_file(folder))
+    first = Network(folder / first_file(folder), execution=execution)
     family, settings = read_metadata(first)
     tensors, sizes = family.tensors(settings), {}
     if set(settings.networks) != set(tensors):
         raise ModelError(f"{folder}: its networks are {settings.networks}, not {tuple(tensors)}: export again")
     # Keeping its memory makes the first network a tenth faster on the next picture. The others give theirs back: a
     # head that takes a thousand RoIs of many channels needs gigabytes.
-    others = {name: Network(folder / name, keep_memory=False) for name in tensors if name != first.path.name}
+    others = {name: Network(folder / name, False, execution) for name in tensors if name != first.path.name}
     networks = {first.path.name: first, **others}
     if any(network.metadata != first.metadata for network in networks.values()):
         raise ModelError(f"{' and '.join(networks)} in {folder} come from different exports: export again")

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from detectors.detr import DETR
+from detectors.one_network import OneNetwork
 from detectors.settings import CenterNetSettings
 from postprocess import Detections, ignore, rescale, top_k
 
 
-class CenterNet(DETR):
-    """An exported CenterNet: one network, as in DETR, and no NMS."""
+class CenterNet(OneNetwork):
+    """An exported CenterNet, see OneNetwork."""
 
     Settings = CenterNetSettings
 
-    def decide(self, outputs, picture, record=ignore):
+    def find(self, outputs, picture, record=ignore):
         """Return the Detections in what the network says of a picture."""
         return best_peaks(*outputs, picture, self.settings.head, record)
 

@@ -2,30 +2,17 @@
 
 import numpy as np
 
-from detectors.preprocess import preprocess
+from detectors.one_network import OneNetwork
 from detectors.settings import DETRSettings
 from postprocess import Detections, ignore, rescale, softmax, top_k
 
 
-class DETR:
-    """An exported DETR: detector(image) returns its Detections, whose labels are positions in `classes`."""
+class DETR(OneNetwork):
+    """An exported DETR, see OneNetwork."""
 
     Settings = DETRSettings
 
-    def __init__(self, settings, networks):
-        self.settings, self.classes, self.networks = settings, settings.classes, networks
-
-    def __call__(self, image, record=ignore):
-        """Return the Detections in an image [h, w, 3] uint8, BGR; `record` as in faster_rcnn.py."""
-        return self.detect_in(preprocess(image, self.settings.preprocess), record)
-
-    def detect_in(self, picture, record=ignore):
-        """Return the Detections in what preprocess returned."""
-        record("preprocess", **picture._asdict())
-        outputs = [tensor[0] for tensor in self.networks["model.onnx"](picture.blob, record)]
-        return self.decide(outputs, picture, record)
-
-    def decide(self, outputs, picture, record=ignore):
+    def find(self, outputs, picture, record=ignore):
         """Return the Detections in what the network says of a picture."""
         return answers(*outputs, picture, self.settings.head, record)
 

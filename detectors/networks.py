@@ -1,11 +1,15 @@
 """The ONNX files: opened and checked against the settings once, then run."""
 
 from pathlib import Path
+from typing import Dict, NamedTuple, Tuple
 
 import numpy as np
 import onnxruntime
 
 from postprocess import ignore
+
+CPU = "CPUExecutionProvider"
+BLOCK = 2**26  # bytes of input that a network takes at once; what it computes from them is several times as much
 
 
 class ModelError(Exception):
@@ -18,27 +22,58 @@ def one_line(error):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class Execution(NamedTuple):
+    """On what networks run."""
+
+    # onnxruntime's execution providers, the preferred first; the CPU is always last
+    providers: Tuple[str, ...] = ()
+    options: Dict[str, str] = {}  # of the first provider
+    threads: int = 0  # of the CPU; 0: as many as it has cores
+
+
+def find_providers(names):
+    """Return onnxruntime's names of execution providers, such as CUDAExecutionProvider for "cuda"."""
+    known = {short(name): name for name in onnxruntime.get_available_providers()}
+    missing = [name for name in names if short(name) not in known]
+    if missing:
+        raise ModelError(f"--provider {missing[0]}: this onnxruntime has only {', '.join(known)}")
+    return [*dict.fromkeys(known[short(name)] for name in names)]
+
+
+def short(provider):
+    """Return the name of an execution provider as people write it: cuda."""
+    return provider.lower().replace("executionprovider", "")
+
+
 class Network:
     """One ONNX file: network(array) returns its outputs.
 
     With `keep_memory` what it allocates is kept for the next picture.
     """
 
-    def __init__(self, path, keep_memory=True):
+    def __init__(self, path, keep_memory=True, execution=Execution()):  # noqa: B008, it is immutable
         self.path, self.tensors = Path(path), {}
         if not self.path.is_file():
             raise ModelError(f"{path} does not exist: export a model with export.py, or name its folder with --model")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised; onnxruntime would print them as well
+        options.intra_op_num_threads = execution.threads
         options.enable_cpu_mem_arena = keep_memory
+        options.enable_mem_pattern = False  # else the second picture gets new memory beside what the first one left
+        wanted = find_providers(execution.providers)
+        settings = [dict(execution.options) if i == 0 else {} for i, _ in enumerate(wanted)]
+        with_cpu = [*zip(wanted, settings), *([] if CPU in wanted else [(CPU, {})])]
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=with_cpu, enable_fallback=False)
             # The text that export.py left in the file; None if another program wrote it.
             self.metadata = self.session.get_modelmeta().custom_metadata_map.get("detector")
             tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
             self.declared = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(f"{path} cannot be loaded by onnxruntime: {one_line(error)}") from error
+        unused = [name for name in wanted if name not in self.session.get_providers()]
+        if unused:  # onnxruntime only warns, and takes the next one
+            raise ModelError(f"--provider {unused[0]}: it cannot run {path} here: are its libraries installed?")
 
     def expect(self, tensors, sizes):
         """Refuse a network whose input and outputs are not these, and check the shapes of every run from now on.
@@ -67,6 +102,14 @@ class Network:
             shape, known = (", ".join("?" if side is None else str(side) for side in sides) for sides in (shape, known))
             raise ModelError(f"{self.path} does not fit its settings: {name} is [{shape}] instead of [{known}]")
 
+    def run(self, name, array):
+        """Return the outputs for the input [n, ...], which is taken in blocks if it is large."""
+        if array.nbytes <= BLOCK or len(array) == 1:
+            return self.session.run(None, {name: array})
+        rows = max(1, BLOCK // array[0].nbytes)
+        blocks = [self.session.run(None, {name: array[i : i + rows]}) for i in range(0, len(array), rows)]
+        return [np.concatenate(parts) for parts in zip(*blocks)]
+
     def __call__(self, array, record=ignore):
         """Return the outputs for the input; `record` gets both, under their names, as the stage of the file's name.
 
@@ -74,7 +117,7 @@ class Network:
         """
         name = self.declared[0][0]
         try:
-            outputs = self.session.run(None, {name: array})
+            outputs = self.run(name, array)
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(f"onnxruntime fails with {name} {list(array.shape)}: {one_line(error)}") from error
         arrays, sizes = dict(zip(self.tensors, [array, *outputs])), {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detectors.preprocess import preprocess
+from detectors.one_network import OneNetwork
 from postprocess import Detections, batched_nms, ignore, rescale, sigmoid, softmax, top_k
 
 MARGIN = 1e-3  # of logits: so near the threshold, rounding may decide, and scores are compared
@@ -27,20 +27,11 @@ class Candidates(NamedTuple):
     levels: np.ndarray  # [n] int64
 
 
-class OneStage:
-    """What the families share; each adds its Settings, `decode`, and how many priors a cell has."""
+class OneStage(OneNetwork):
+    """What the families with priors share; each adds its Settings, `decode`, and how many priors a cell has."""
 
-    def __init__(self, settings, networks):
-        self.settings, self.classes, self.networks = settings, settings.classes, networks
-
-    def __call__(self, image, record=ignore):
-        """Return the Detections in an image [h, w, 3] uint8, BGR; `record` as in faster_rcnn.py."""
-        return self.detect_in(preprocess(image, self.settings.preprocess), record)
-
-    def detect_in(self, picture, record=ignore):
-        """Return the Detections in what preprocess returned."""
-        record("preprocess", **picture._asdict())
-        maps = [tensor[0] for tensor in self.networks["model.onnx"](picture.blob, record)]
+    def find(self, maps, picture, record=ignore):
+        """Return the Detections in what the network says of a picture: maps, kind by kind and level by level."""
         priors, kinds = self.priors(self.settings), self.kinds(self.settings)
         levels = [dict(zip(kinds, maps[level :: len(priors)])) for level in range(len(priors))]
         found = []
@@ -125,10 +116,11 @@ def values_of(values, a, priors):
 
 def best_of_each_class(candidates, count):
     """Return the indices of the best Candidates of each class, no more than `count` of one."""
-    classes = [np.flatnonzero(candidates.labels == label) for label in np.unique(candidates.labels)]
-    return np.concatenate([members[top_k(candidates.scores[members], count)] for members in classes] or [[]]).astype(
-        int
-    )
+    chosen = [np.zeros(0, np.int64)]
+    for label in np.unique(candidates.labels):
+        members = np.flatnonzero(candidates.labels == label)
+        chosen.append(members[top_k(candidates.scores[members], count)])
+    return np.concatenate(chosen)
 
 
 def suppress(candidates, picture, settings, record=ignore):

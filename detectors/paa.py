@@ -29,19 +29,22 @@ class PAA(RetinaNet):
         """Return the Detections among the Candidates of all levels, whose boxes are those that candidates agree on."""
         found = super().decide(candidates, picture, record)
         boxes = rescale(candidates.boxes, picture, self.settings.head)
-        return vote(found, boxes, candidates.scores, candidates.labels)
+        found = vote(found, boxes, candidates.scores, candidates.labels)
+        record("vote", boxes=found.boxes)
+        return found
 
 
 def vote(found, boxes, scores, labels):
     """Return Detections with other boxes: weighted means of those of all candidates of the same class.
 
     boxes [n, 4], scores [n] and labels [n] are of the candidates before NMS. The weight of a candidate is its score
-    times exp(-(1 - IoU)^2 / 0.025). PAA, section 3.4.
+    times exp(-(1 - IoU)^2 / 0.025). A box without area overlaps nothing and stays as it is. PAA, section 3.4.
     """
     voted = found.boxes.copy()
     for label in np.unique(found.labels):
         here, voters = np.flatnonzero(found.labels == label), np.flatnonzero(labels == label)
         overlaps = pairwise_iou(found.boxes[here], boxes[voters])
         weights = np.where(overlaps > VOTES_FROM, np.exp(-((1 - overlaps) ** 2) / DECLINE) * scores[voters], 0)
-        voted[here] = weights @ boxes[voters] / weights.sum(axis=1, keepdims=True)
+        total = weights.sum(axis=1, keepdims=True)
+        voted[here] = np.divide(weights @ boxes[voters], total, out=voted[here], where=total > 0)
     return found._replace(boxes=voted)

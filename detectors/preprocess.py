@@ -9,7 +9,7 @@ import numpy as np
 class Picture(NamedTuple):
     """A picture, prepared for a network."""
 
-    blob: np.ndarray  # [1, 3, H, W] float32, padded to the right of the picture and below it
+    blob: np.ndarray  # [1, 3, H, W] float32; the picture, padded to the right and below, or on all sides
     image_size: Tuple[int, int]  # height and width of the picture in it
     scale_factor: np.ndarray  # [4] float32, by which x, y, x, y were multiplied
     original_size: Tuple[int, int]  # height and width of the picture as it came in
@@ -27,8 +27,10 @@ def preprocess(image, settings):
     size = new_size(width, height, settings)
     scale_factor = np.float32([size[0] / width, size[1] / height] * 2)
 
-    image, offset = in_the_middle(image, settings.canvas) if settings.canvas else (image, (0, 0))
-    size = image.shape[1::-1] if settings.canvas else size
+    image_size, offset = size[::-1], (0, 0)
+    if settings.canvas:
+        image, offset = in_the_middle(image, settings.canvas)
+        size = image.shape[1::-1]
     order = slice(None, None, -1 if settings.to_rgb else 1)  # of the channels; here they are still BGR
     resize = normalize_and_resize if settings.normalize_first else resize_and_normalize
     image = resize(image, size, settings.mean[order], settings.std[order])[..., order]
@@ -37,7 +39,7 @@ def preprocess(image, settings):
     padded = [-(-side // settings.pad_divisor) * settings.pad_divisor for side in sides]
     blob = np.full((1, 3, *padded), settings.pad_value, np.float32)
     blob[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-    return Picture(blob, image.shape[:2], scale_factor, (height, width), offset)
+    return Picture(blob, image_size, scale_factor, (height, width), offset)
 
 
 def new_size(width, height, settings):

@@ -22,7 +22,9 @@ class RetinaNet(OneStage):
         boxes, deltas = self.anchors_and_values(level, levels, priors)
         if self.settings.max_shift is not None:
             limits = np.float32(self.settings.max_shift) / (boxes[:, 2:] - boxes[:, :2])
-            deltas = np.hstack([np.clip(deltas[:, :2], -limits, limits), deltas[:, 2:]])
+            mean, std = (np.float32(values[:2]) for values in (self.settings.deltas.means, self.settings.deltas.stds))
+            shifts = np.clip(deltas[:, :2], (-limits - mean) / std, (limits - mean) / std)
+            deltas = np.hstack([shifts, deltas[:, 2:]])
         return decode_boxes(boxes, deltas, self.settings.deltas, image_size)
 
     def anchors_and_values(self, level, levels, priors):

@@ -93,10 +93,9 @@ def deform_conv2d(layer, x, offset, mask=None):
     mmcv's own are Python functions to the tracer; the exporter fails at them even where they say what they are in ONNX.
     """
     define_operator()
-    return torch.ops.faster_rcnn_onnx.deform_conv2d(
-        x, layer.weight, offset, getattr(layer, "bias", None), mask,
-        layer.stride, layer.padding, layer.dilation, layer.groups, layer.deform_groups,
-    )  # fmt: skip
+    geometry = [*layer.stride, *layer.padding, *layer.dilation, layer.groups, layer.deform_groups]
+    bias = getattr(layer, "bias", None)
+    return torch.ops.faster_rcnn_onnx.deform_conv2d(x, layer.weight, offset, bias, mask, geometry)
 
 
 def define_operator():
@@ -105,8 +104,7 @@ def define_operator():
         return
     name = "faster_rcnn_onnx::deform_conv2d"
     tensors = "Tensor x, Tensor weight, Tensor offset, Tensor? bias, Tensor? mask"
-    numbers = "int[] stride, int[] padding, int[] dilation, int groups, int deform_groups"
-    torch.library.define(name, f"({tensors}, {numbers}) -> Tensor")
+    torch.library.define(name, f"({tensors}, int[] geometry) -> Tensor")
     torch.library.impl(name, "cpu", zeros_in_shape)
     torch.onnx.register_custom_op_symbolic(name, add_to_graph, OPSET)
 
@@ -116,9 +114,13 @@ def zeros_in_shape(x, weight, offset, *_):
     return x.new_zeros(len(x), len(weight), *offset.shape[2:])
 
 
-@parse_args("v", "v", "v", "v", "v", "is", "is", "is", "i", "i")
-def add_to_graph(g, x, weight, offset, bias, mask, stride, padding, dilation, groups, deform_groups):
-    """Add DeformConv to an ONNX graph, given the arguments of the operator; without bias or mask, they stay empty."""
+@parse_args("v", "v", "v", "v", "v", "is")
+def add_to_graph(g, x, weight, offset, bias, mask, geometry):
+    """Add DeformConv to an ONNX graph; without bias or mask, they stay empty.
+
+    geometry: stride, padding and dilation, each along y and x, then the groups of channels, and those of offsets.
+    """
+    stride, padding, dilation, (groups, deform_groups) = geometry[:2], geometry[2:4], geometry[4:6], geometry[6:]
     return g.op(
         "DeformConv", x, weight, offset, bias, mask,
         strides_i=stride, pads_i=2 * padding, dilations_i=dilation, group_i=groups, offset_group_i=deform_groups,

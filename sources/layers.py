@@ -14,17 +14,31 @@ class GroupNorm(torch.nn.GroupNorm):
         """Normalise x [N, C, H, W]; when it is not exported, as PyTorch does."""
         if not torch.onnx.is_in_onnx_export():
             return super().forward(x)
-        groups = x.reshape(x.shape[0], self.num_groups, -1, *x.shape[2:])
-        groups = groups - mean_by_axes(groups)
-        groups = groups / (mean_by_axes(groups * groups) + self.eps).sqrt()
-        return groups.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+        x = x - self.group_means(x)
+        scale = self.weight[:, None, None] / (self.group_means(x * x) + self.eps).sqrt()
+        return x * scale + self.bias[:, None, None]
+
+    def group_means(self, x):
+        """Return the mean of x [N, C, H, W] in each channel's group, as [N, C, 1, 1]."""
+        size = self.num_channels // self.num_groups
+        means = x.mean(3, keepdim=True).mean(2).reshape(-1, self.num_groups, size)
+        return (means @ torch.full((size, size), 1 / size)).reshape(-1, self.num_channels, 1, 1)
 
 
-def mean_by_axes(groups):
-    """Return the means of groups [N, g, c, H, W] as [N, g, 1, 1, 1]."""
-    for axis in (4, 3, 2):
-        groups = groups.mean(axis, keepdim=True)
-    return groups
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """Attention whose sizes are not those of the example with which the graph was traced."""
+
+    def forward(self, query, key, value, **options):
+        """Return what queries [L, N, C] read from [S, N, C], and None; with options or not exported, as PyTorch."""
+        if options or not torch.onnx.is_in_onnx_export():
+            return super().forward(query, key, value, **options)
+        projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        query, key, value = (  # [N, heads, L, C / heads]
+            torch.nn.functional.linear(*part).unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)
+            for part in projections
+        )
+        weights = (query @ key.transpose(2, 3) * self.head_dim**-0.5).softmax(dim=3)
+        return self.out_proj((weights @ value).permute(2, 0, 1, 3).flatten(2)), None
 
 
 def adaptive_max_pool2d(x, output_size):

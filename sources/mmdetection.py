@@ -60,7 +60,7 @@ from sources import OPSET, Network, Source, SourceError
 from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
 from sources.deform_conv import OPSET as DEFORM_CONV_OPSET
 from sources.deform_conv import has_deform_conv, replace_deform_convs
-from sources.layers import GroupNorm, adaptive_max_pool2d, replace_layers
+from sources.layers import GroupNorm, MultiheadAttention, adaptive_max_pool2d, replace_layers
 
 DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
 DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
@@ -70,8 +70,10 @@ CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 DETECTORS = (
     "FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN",
     "RetinaNet", "ATSS", "FSAF", "FCOS", "FOVEA", "GFL", "VFNet", "AutoAssign", "RepPointsDetector", "DDOD", "NASFCOS",
-    "PAA", "TOOD",     "SingleStageDetector", "YOLOF", "DETR", "CenterNet", "YOLOV3", "YOLOX",
+    "PAA", "TOOD", "SingleStageDetector", "YOLOF", "DETR", "CenterNet", "YOLOV3", "YOLOX",
 )  # fmt: skip
+STUDENTS = ("KnowledgeDistillationSingleStageDetector", "LAD")  # what it may be called if it was taught by another one
+STUDENT_HEADS = {"LDHead": "GFLHead", "LADHead": "PAAHead"}  # and what its head computes
 FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     (): FasterRCNNSettings,
     ("refinements",): CascadeRCNNSettings,
@@ -79,16 +81,13 @@ FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     ("refinements", "masks"): CascadeMaskRCNNSettings,
     ("masks", "points"): PointRendSettings,
 }
+FEATURE_STRIDE = 32  # of what DETR's queries read; padding of whole cells would have to be masked
 IMAGE_AXES = {0: "N", 2: "H", 3: "W"}  # of a picture, those that are dynamic
-FACTORS = {  # what the heads of one-stage detectors predict beside cls and reg
-    "ATSSHead": "centerness",
-    "DDODHead": "iou",
-    "PAAHead": "iou",
-    "TOODHead": "alignment offset",
-    "FCOSHead": "centerness",
-    "NASFCOSHead": "centerness",
-    "AutoAssignHead": "objectness",
-    **dict.fromkeys(("YOLOV3Head", "YOLOXHead"), "objectness"),
+FURTHER_MAPS = {  # what the heads of one-stage detectors predict beside cls and reg; the first is a factor of scores
+    **dict.fromkeys(("ATSSHead", "FCOSHead", "NASFCOSHead"), ("centerness",)),
+    **dict.fromkeys(("DDODHead", "PAAHead"), ("iou",)),
+    **dict.fromkeys(("AutoAssignHead", "YOLOV3Head", "YOLOXHead"), ("objectness",)),
+    "TOODHead": ("alignment", "offset"),
 }
 ANCHOR_HEADS = ("RetinaHead", "RetinaSepBNHead", "FreeAnchorRetinaHead", "PISARetinaHead", "ATSSHead", "DDODHead",
                 "PAAHead", "SSDHead", "PISASSDHead", "YOLOFHead")  # fmt: skip
@@ -131,13 +130,17 @@ def as_source(detector, config, checkpoint, changes=()):
 # ---------------------------------------------------------------------- the networks
 
 
-class Model1(torch.nn.Module):
-    """image [N, 3, H, W] -> objectness logits, deltas and features of every level, the finest first."""
+class PictureNetwork(torch.nn.Module):
+    """A network that takes pictures [N, 3, H, W]; each adds what it gives."""
 
     def __init__(self, detector):
         super().__init__()
         self.detector = detector
         self.eval()  # a new module is in training mode, and the exporter would put the detector back into it
+
+
+class Model1(PictureNetwork):
+    """image [N, 3, H, W] -> objectness logits, deltas and features of every level, the finest first."""
 
     def forward(self, image):
         """Return cls_0.., reg_0.., feat_0.. as one tuple."""
@@ -185,13 +188,8 @@ def stages(part):
     return list(part) if isinstance(part, torch.nn.ModuleList) else [part]
 
 
-class DenseHead(torch.nn.Module):
+class DenseHead(PictureNetwork):
     """image [N, 3, H, W] -> a one-stage detector's maps: cls, reg and any factor of every level, the finest first."""
-
-    def __init__(self, detector):
-        super().__init__()
-        self.detector = detector
-        self.eval()
 
     def forward(self, image):
         """Return cls_0.., reg_0.. and, where there is one, the factor's maps as one tuple."""
@@ -242,52 +240,47 @@ TO_DISTANCES = {  # what heads return as reg [N, 4, H, W] -> to the left, upper,
 }
 
 
-def networks(detector):
-    """Return the networks by the names of their files."""
-    return (networks_of_two_stages if hasattr(detector, "roi_head") else networks_of_one_stage)(detector)
-
-
-class QueryHead(torch.nn.Module):
+class QueryHead(PictureNetwork):
     """image [N, 3, H, W] -> what DETR's queries answer: cls [N, Q, classes + 1] and reg [N, Q, 4]."""
-
-    def __init__(self, detector):
-        super().__init__()
-        self.detector = detector
-        self.eval()
 
     def forward(self, image):
         """Return cls and reg, of the last of the decoder's layers."""
         head, features = self.detector.bbox_head, self.detector.extract_feat(image)[-1]
         features = head.input_proj(features)
-        padding = torch.zeros_like(features[:, 0], dtype=torch.bool)  # of one picture, there is none
+        padding = torch.zeros_like(features[:, 0], dtype=torch.bool)  # of one picture, there is less than a cell
         places = head.positional_encoding(padding)
         decoded = head.transformer(features, padding, head.query_embedding.weight, places)[0][-1]
         return head.fc_cls(decoded), head.fc_reg(head.activate(head.reg_ffn(decoded))).sigmoid()
 
 
-class PeakHead(torch.nn.Module):
+class PeakHead(PictureNetwork):
     """image [N, 3, H, W] -> CenterNet's maps: heatmap [N, classes, h, w], size [N, 2, h, w], offset [N, 2, h, w]."""
-
-    def __init__(self, detector):
-        super().__init__()
-        self.detector = detector
-        self.eval()
 
     def forward(self, image):
         """Return heatmap, size and offset."""
         return tuple(maps[0] for maps in self.detector.bbox_head(self.detector.extract_feat(image)))
 
 
+WITHOUT_PRIORS = {  # by the head: the network, the names of its outputs, and their dynamic axes
+    "CenterNetHead": (PeakHead, ("heatmap", "size", "offset"), {0: "N", 2: "h", 3: "w"}),
+    "DETRHead": (QueryHead, ("cls", "reg"), {0: "N"}),
+}
+
+
+def networks(detector):
+    """Return the networks by the names of their files."""
+    return (networks_of_two_stages if hasattr(detector, "roi_head") else networks_of_one_stage)(detector)
+
+
 def networks_of_one_stage(detector):
     """Return the network by the name of its file."""
-    if type(detector.bbox_head).__name__ == "CenterNetHead":
-        outputs = {name: {0: "N", 2: "h", 3: "w"} for name in ("heatmap", "size", "offset")}
-        return {"model.onnx": Network(PeakHead(detector), torch.randn(1, 3, 256, 320), {"image": IMAGE_AXES}, outputs)}
-    if type(detector.bbox_head).__name__ == "DETRHead":
-        outputs = {"cls": {0: "N"}, "reg": {0: "N"}}
-        return {"model.onnx": Network(QueryHead(detector), torch.randn(1, 3, 256, 320), {"image": IMAGE_AXES}, outputs)}
+    kind = type(detector.bbox_head).__name__
+    if kind in WITHOUT_PRIORS:
+        module, names, axes = WITHOUT_PRIORS[kind]
+        outputs = dict.fromkeys(names, axes)
+        return {"model.onnx": Network(module(detector), torch.randn(1, 3, 256, 320), {"image": IMAGE_AXES}, outputs)}
     head, preprocess = detector.bbox_head, describe_preprocessing(detector.cfg)
-    kinds = ["cls", "reg", *FACTORS.get(type(head).__name__, "").split()]
+    kinds = ["cls", "reg", *FURTHER_MAPS.get(kind, ())]
     levels = range(len(head.prior_generator.strides))
     maps = {f"{kind}_{i}": {0: "N", 2: f"H_{i}", 3: f"W_{i}"} for kind in kinds for i in levels}
     size = (256, 320) if preprocess.keep_ratio else preprocess.scale[::-1]  # SSD's maps would vanish
@@ -412,6 +405,8 @@ def load_detector(config, checkpoint_path, trust=False, names=None, changes=()):
     """Return MMDetection's detector with its weights, in evaluation mode; model.cfg is its config."""
     cfg = read_config(config, changes)
     model = cfg.get("model") or {}
+    if isinstance(model, dict):
+        forget_teacher(model)
     found = model.get("type") if isinstance(model, dict) else model
     if found not in DETECTORS:
         raise SourceError(f"{config}: model.type is {found}, not one of {', '.join(DETECTORS)}")
@@ -426,7 +421,7 @@ def load_detector(config, checkpoint_path, trust=False, names=None, changes=()):
         raise SourceError(f"{config}: MMDetection cannot build its model: {one_line(error)}") from error
     try:
         check_supported(detector)
-        describe_preprocessing(cfg)  # refuses what does not fit before the work begins
+        check_padding(detector, describe_preprocessing(cfg))  # refuses what does not fit before the work begins
         checkpoint = load_checkpoint(checkpoint_path, trust)
         load_weights(detector, weights_in(checkpoint), checkpoint_path)
         detector.CLASSES = class_names(cfg, checkpoint, stages(box_head(detector))[-1].num_classes, names)
@@ -436,9 +431,23 @@ def load_detector(config, checkpoint_path, trust=False, names=None, changes=()):
         raise SourceError(f"{config} lacks what export.py needs: {one_line(error)}") from error
     except SettingsError as error:
         raise SourceError(f"{config} or its checkpoint cannot be exported: {error}") from error
-    replace_layers(detector, {torch.nn.GroupNorm: GroupNorm, ShiftWindowMSA: WindowAttention, BFP: BalancedFPN})
+    replace_layers(detector, {
+        torch.nn.GroupNorm: GroupNorm, torch.nn.MultiheadAttention: MultiheadAttention, ShiftWindowMSA: WindowAttention,
+        BFP: BalancedFPN,
+    })  # fmt: skip
     replace_deform_convs(detector)
     return detector
+
+
+def forget_teacher(model):
+    """Turn the model of a config that has a teacher into its student, which is all that is left after training."""
+    head = model.get("bbox_head")
+    if model.get("type") in STUDENTS and isinstance(head, dict):
+        model["type"] = "SingleStageDetector"
+        head["type"] = STUDENT_HEADS.get(head.get("type"), head.get("type"))
+        head.pop("loss_ld", None)
+        for key in [key for key in model if "teacher" in key]:
+            del model[key]
 
 
 def replace_sync_norms(cfg):
@@ -467,12 +476,14 @@ def check_supported(detector):
 def check_one_stage(detector):
     """Refuse the parts of a one-stage detector that an export would compute differently."""
     head = detector.bbox_head
-    check_types(detector, {"bbox_head": (*ANCHOR_HEADS, *POINT_HEADS, *YOLO_HEADS, "DETRHead", "CenterNetHead")})
+    check_types(detector, {"bbox_head": (*ANCHOR_HEADS, *POINT_HEADS, *YOLO_HEADS, *WITHOUT_PRIORS)})
     if type(head).__name__ == "CenterNetHead":
         check_values(detector, {"test_cfg.local_maximum_kernel": 3})
         return
     if type(head).__name__ == "DETRHead":
         check_values(detector, {"bbox_head.loss_cls.use_sigmoid": False})
+        if detector.test_cfg.get("max_per_img", 1) > head.num_query:
+            raise SourceError(f"model.test_cfg.max_per_img is more than bbox_head.num_query: {head.num_query}")
         return
     if type(head).__name__ in ANCHOR_HEADS:
         check_types(detector, {
@@ -487,10 +498,22 @@ def check_one_stage(detector):
         check_values(detector, {"bbox_head.with_score_voting": True})
     if type(head).__name__ not in YOLO_HEADS:
         check_values(detector, {"bbox_head.bbox_coder.clip_border": True})
-        if "nms_pre" not in detector.test_cfg:
-            raise SourceError("model.test_cfg needs nms_pre")
-    check_sides("bbox_head.anchor_generator.strides", head.prior_generator.strides)
-    check_test_cfg("model.test_cfg", detector.test_cfg, soft=True)
+        if detector.test_cfg.get("nms_pre", 0) <= 0 and type(head).__name__ != "PAAHead":
+            raise SourceError("model.test_cfg needs an nms_pre above 0")
+    if type(head).__name__ == "YOLOV3Head":
+        check_values(detector, {"bbox_head.featmap_strides": [stride for stride, _ in head.prior_generator.strides]})
+    key = "anchor_generator.strides" if hasattr(head.prior_generator, "base_anchors") else "strides"
+    check_sides(f"bbox_head.{key}", head.prior_generator.strides)
+    check_test_cfg("model.test_cfg", detector.test_cfg, soft=True, limited=type(head).__name__ != "YOLOXHead")
+
+
+def check_padding(detector, preprocess):
+    """Refuse padding of whole cells where the detector would mask them."""
+    more = preprocess.pad_to_square or preprocess.pad_divisor > FEATURE_STRIDE
+    if more and type(box_head(detector)).__name__ == "DETRHead":
+        raise SourceError(
+            f"data.test.pipeline: DETR cannot be exported with more padding than to multiples of {FEATURE_STRIDE}"
+        )
 
 
 def check_two_stages(detector):
@@ -630,10 +653,10 @@ def check_stages(roi_head):
             raise SourceError(f"model.roi_head.{name} differs from stage to stage: this cannot be exported")
 
 
-def check_test_cfg(name, cfg, soft):
+def check_test_cfg(name, cfg, soft, limited=True):
     """Refuse an NMS with options that are not known here, and a missing threshold or limit.
 
-    soft: it may be Soft-NMS, or one over all classes together.
+    soft: it may be Soft-NMS, or one over all classes together. limited: there has to be a limit.
     """
     known = {"type": ("nms",), "iou_threshold": None, "split_thr": None}  # None: any value
     if soft:
@@ -643,7 +666,7 @@ def check_test_cfg(name, cfg, soft):
     for option, value in cfg.nms.items():
         if option not in known or value is None or (known[option] is not None and value not in known[option]):
             raise SourceError(f"{name}.nms has {option}={value!r}, which cannot be exported")
-    if "iou_threshold" not in cfg.nms or cfg.get("max_per_img", 1) <= 0:
+    if "iou_threshold" not in cfg.nms or (limited and cfg.get("max_per_img", 0) <= 0):
         raise SourceError(f"{name} needs nms.iou_threshold, and a max_per_img above 0")
 
 
@@ -769,7 +792,7 @@ def describe_one_stage(detector):
         **describe_nms(detector.test_cfg),
         nms_pre=detector.test_cfg.get("nms_pre", -1),
         softmax=head.cls_out_channels > head.num_classes,
-        factor=FACTORS.get(type(head).__name__, "").split(" ")[0],
+        factor=FURTHER_MAPS.get(type(head).__name__, ("",))[0],
         combined="root" if type(head).__name__ in ("PAAHead", "TOODHead") else "last",
     )
     if type(head).__name__ in POINT_HEADS:
@@ -804,7 +827,7 @@ def describe_yolo(detector):
     if has_anchors:
         dense["factor_threshold"] = just_below(cfg.conf_thr) if cfg.get("conf_thr", -1) > 0 else -1
     else:
-        dense.update(one_class=True, combined="product", score_threshold=just_below(cfg.score_thr))
+        dense.update(one_class=True, combined="product", score_threshold=just_below(cfg.score_thr), max_per_img=None)
     order = slice(None, None, -1 if has_anchors else 1)  # the finest first
     anchors = CellAnchors(strides=strides[order], boxes=boxes[order])
     return YOLOSettings, {"anchors": anchors, "within_cell": has_anchors, "head": Dense(**dense)}
@@ -820,7 +843,9 @@ def describe_points_of_cells(detector):
     head, generator = detector.bbox_head, detector.bbox_head.prior_generator
     kind = type(head).__name__
     if hasattr(generator, "base_anchors"):  # a point is the centre of a cell's anchors
-        check_values(detector, {"bbox_head.prior_generator.center_offset": 0})
+        check_values(detector, {
+            "bbox_head.prior_generator.center_offset": 0, "bbox_head.prior_generator.centers": None,
+        })  # fmt: skip
     strides = [stride for stride, _ in generator.strides]
     units, exponential = {
         "FCOSHead": lambda: (strides, False) if head.norm_on_bbox else ([1] * len(strides), True),
@@ -866,6 +891,10 @@ def describe_preprocessing(cfg):
         raise SourceError(f"data.test.pipeline: img_scale is {scale!r}, not one (long side, short side)")
     if scaled == ("RandomCenterCropPad" in steps) or scaled == ("scale_factor" in augmentation):
         raise SourceError("data.test.pipeline: RandomCenterCropPad and scale_factor go together, without img_scale")
+    if not scaled and not (load.get("to_float32") and steps["RandomCenterCropPad"].get("test_pad_add_pix") == 1):
+        raise SourceError(
+            "data.test.pipeline: RandomCenterCropPad needs test_pad_add_pix=1, and to_float32=True before it"
+        )
     normalize = steps.get("Normalize", {"mean": [0] * 3, "std": [1] * 3, "to_rgb": False})
     return Preprocess(
         scale=scale,
@@ -901,6 +930,7 @@ def check_step(step, name, known):
     if step.get("type") != name:
         raise SourceError(f"data.test.pipeline: found {step.get('type')} where only {name} can be exported")
     for option, value in step.items():
+        value = list(value) if isinstance(value, tuple) else value
         if option != "type" and (option not in known or (known[option] is not None and value != known[option])):
             raise SourceError(f"data.test.pipeline: {name}({option}={value!r}) cannot be exported")
 

@@ -24,6 +24,7 @@ from sources.mmdetection import (
     box_head,
     describe_preprocessing,
     find_part,
+    forget_teacher,
     replace_sync_norms,
     stages,
 )
@@ -43,32 +44,32 @@ LAST_NORMS = {  # the last normalisation of a residual branch
 CLS, FACTOR, SHIFTS = (-5.0, 1.2), (0.0, 1.0), (0.2, 0.4)  # mean and deviation of what layers give
 LAST_LAYERS = {  # of one-stage detectors' heads, which are named like this
     "RetinaHead": {"retina_cls": CLS, "retina_reg": SHIFTS},
-    "RetinaSepBNHead": {"retina_cls": CLS, "retina_reg": SHIFTS},
-    "FSAFHead": {"retina_cls": CLS, "retina_reg": (1.0, 0.5)},
+    "RetinaSepBNHead": {"retina_cls": (-4.0, 0.7), "retina_reg": SHIFTS},  # levels of few cells are normalised alone
+    "FSAFHead": {"retina_cls": CLS, "retina_reg": (1.0, 0.3)},
     "ATSSHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
     "PAAHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_centerness": FACTOR},
     "DDODHead": {"atss_cls": CLS, "atss_reg": SHIFTS, "atss_iou": FACTOR},
     "FCOSHead": {"conv_cls": CLS, "conv_reg": (3.5, 0.4), "conv_centerness": FACTOR},  # logarithms of pixels
     "AutoAssignHead": {"conv_cls": CLS, "conv_reg": (2.0, 1.0), "conv_centerness": FACTOR},  # strides
     "FoveaHead": {"conv_cls": CLS, "conv_reg": (0.0, 0.4)},
-    "GFLHead": {"gfl_cls": CLS, "gfl_reg": (0.0, 1.5)},
-    "VFNetHead": {"vfnet_cls": CLS, "vfnet_reg": (-1.5, 0.25), "vfnet_reg_refine": (0.0, 0.2)},
+    "GFLHead": {"gfl_cls": CLS, "gfl_reg": (0.0, 1.0)},
+    "VFNetHead": {"vfnet_cls": (-4.2, 0.9), "vfnet_reg": (-1.5, 0.25), "vfnet_reg_refine": (0.0, 0.2)},
     "RepPointsHead": {
-        "reppoints_cls_out": CLS,
-        "reppoints_pts_init_out": (0.0, 0.7),
-        "reppoints_pts_refine_out": (0.0, 3.0),
+        "reppoints_cls_out": (-4.2, 0.9),
+        "reppoints_pts_init_out": (0.0, 0.4),
+        "reppoints_pts_refine_out": (0.0, 2.0),
     },
     "TOODHead": {
         "tood_cls": (-4.0, 1.2),
-        "tood_reg": (0.7, 0.4),
+        "tood_reg": (0.5, 0.2),
         "cls_prob_module": (-1.0, 1.0),
         "reg_offset_module": (0.0, 0.5),
     },
-    "CenterNetHead": {"heatmap_head": (-3.0, 1.2), "wh_head": (30.0, 2.0), "offset_head": (0.5, 0.2)},
-    "YOLOFHead": {"cls_score": (-1.0, 1.2), "bbox_pred": SHIFTS, "object_pred": (-4.0, 1.0)},
-    "SSDHead": {"cls_convs": (0.0, 1.5), "reg_convs": SHIFTS},
+    "CenterNetHead": {"heatmap_head": (-3.0, 1.2), "wh_head": (30.0, 0.5), "offset_head": (0.5, 0.2)},
+    "YOLOFHead": {"cls_score": (-1.0, 0.8), "bbox_pred": SHIFTS, "object_pred": (-3.5, 0.7)},
+    "SSDHead": {"cls_convs": (0.0, 1.0), "reg_convs": SHIFTS},
     "YOLOXHead": {
-        "multi_level_conv_cls": (-2.0, 1.5),
+        "multi_level_conv_cls": (-2.0, 0.8),
         "multi_level_conv_reg": (0.3, 0.5),
         "multi_level_conv_obj": (-2.0, 1.0),
     },
@@ -83,16 +84,20 @@ def write_checkpoint(cfg, path, image, normalised=True):
     grows from block to block.
     """
     forget_pretrained(cfg.model)
+    forget_teacher(cfg.model)
     torch.manual_seed(0)
     replace_sync_norms(cfg.model)
     detector = build_detector(cfg.model)
     detector.init_weights()
     detector.eval()
+    # How much a residual branch adds; where weights are standardised, more makes rounding visible after 33 blocks.
+    branch = 0.1 if any(isinstance(module, STANDARDISING) for module in detector.modules()) else 0.2
     with torch.no_grad():
         for module in detector.modules():
             last = [find_part(module, name) for block, name in LAST_NORMS.items() if isinstance(module, block)]
             if last:
-                last[0].weight.fill_(0.2 if normalised else 0.5)
+                norm = last[0] or module.conv2.pointwise_conv.bn  # where convolutions are separable
+                norm.weight.fill_(branch if normalised else 1.5)
             elif type(detector.backbone) in PLAIN and isinstance(module, torch.nn.BatchNorm2d):
                 module.bias.fill_(1.5)
             elif isinstance(module, ContextBlock):  # else 23 of them, one after the other, make rounding visible
@@ -184,9 +189,11 @@ def scale_one_stage(head, features):
     for name, (mean, deviation) in LAST_LAYERS[kind].items():
         if name == "conv_reg" and getattr(head, "norm_on_bbox", False):
             mean, deviation = 2.0, 1.0  # strides, too
+        if name.startswith("reppoints_pts") and head.use_grid_points:
+            deviation = 0.1  # two of four say how many times larger a box gets, as logarithms
         if kind == "YOLOV3Head":  # a map has everything: box, objectness, classes
             mean = torch.tensor([0.0] * 4 + [-2.0] + [-2.0] * head.num_classes).repeat(head.num_base_priors)
-            deviation = torch.tensor([0.4] * 4 + [1.0] + [1.2] * head.num_classes).repeat(head.num_base_priors)
+            deviation = torch.tensor([0.4] * 4 + [0.7] + [0.8] * head.num_classes).repeat(head.num_base_priors)
         part = getattr(head, name)
         for layer in part if isinstance(part, torch.nn.ModuleList) else [part]:
             layer = layer[-1] if isinstance(layer, torch.nn.Sequential) else layer

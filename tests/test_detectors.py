@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_demo import assert_one_line, call_demo
 
 import detectors
+from detectors import networks
 from detectors.preprocess import preprocess
 from detectors.settings import Preprocess, SettingsError, changed, read, write
 
@@ -522,6 +523,24 @@ def test_weights_in_another_file_that_is_not_there(tmp_path):
 
 
 # ------------------------------------------------------------------ the same answer, always
+
+
+def test_large_inputs_are_taken_in_blocks(monkeypatch):
+    """What a head takes of a C4 detector is a gigabyte: less at once, and the outputs are the same."""
+    network, rois = detectors.load(SHAPES).networks["model2.onnx"], np.random.default_rng(0)
+    rois = rois.random((100, 64, 7, 7), np.float32)
+    expected, sizes, run = network(rois), [], network.session.run
+    monkeypatch.setattr(networks, "BLOCK", 30 * rois[0].nbytes)
+
+    def count(names, inputs):
+        sizes.append(len(inputs["roi_feats"]))
+        return run(names, inputs)
+
+    monkeypatch.setattr(network, "session", type("Session", (), {"run": staticmethod(count)}))
+    for found, whole in zip(network(rois), expected):
+        np.testing.assert_allclose(found, whole, atol=1e-5)
+    assert sizes == [30, 30, 30, 10]
+    assert [len(output) for output in network(rois[:0])] == [0, 0]
 
 
 def test_eight_threads_and_a_hundred_runs_give_the_same_bits():

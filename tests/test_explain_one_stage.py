@@ -5,15 +5,25 @@ import re
 import numpy as np
 import pytest
 from boxes import NO_MEANS
-from test_one_stage import anchored, pointed, write_model
+from test_one_stage import PREPROCESS, anchored, pointed, write_model
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: uv run --extra test pytest")
 
 import explain  # noqa: E402
 import explain_one_stage  # noqa: E402
 from detectors import load  # noqa: E402
+from detectors.center_net import CenterNet  # noqa: E402
+from detectors.detr import DETR  # noqa: E402
 from detectors.retina_net import RetinaNet  # noqa: E402
-from detectors.settings import Coder, RetinaNetSettings, changed  # noqa: E402
+from detectors.settings import (  # noqa: E402
+    CenterNetSettings,
+    Coder,
+    DETRSettings,
+    Preprocess,
+    Queries,
+    RetinaNetSettings,
+    changed,
+)
 from postprocess import sigmoid, softmax  # noqa: E402
 
 NAMES = ["1_input", "2_points", "3_scores", "4_candidates", "5_nms", "6_result"]
@@ -131,6 +141,28 @@ def test_nothing_is_found(pipeline_of):
     assert numbers(pages[3].caption)[1:] == [0, 0, 0]
 
 
+def test_without_a_limit_all_that_nms_keeps_is_returned(points, pipeline_of):
+    assert "No more than 100 are returned" in explain.tell_nms(points)
+    settings = changed(points.settings, "head.max_per_img", None)
+    p = pipeline_of(settings, {"cls_0": 2, "reg_0": 4, "centerness_0": 1})
+    pages = explain.pages_of(p)
+    kept = len(p.detect["kept"])
+    assert kept == len(p.detections.boxes) > 100
+    assert f"All of them are returned: here {kept}." in pages[4].text
+    assert pages[4].functions.startswith("detectors.one_stage.suppress")
+
+
+def test_points_of_maps_stand_where_the_maps_tell(pipeline_of):
+    points = pointed(strides=[8, 16], units=[8, 16], strides_of_maps=True).settings
+    p = pipeline_of(points, {"cls_0": 2, "cls_1": 2, "reg_0": 4, "reg_1": 4})
+    p.model["cls_1"] = p.model["cls_1"][..., :-1, :]  # as of a map that was rounded
+    _, anchors, _ = explain_one_stage.maps_of_one_stage(p)
+    height = p.model["cls_0"].shape[2] * 8
+    step = height // p.model["cls_1"].shape[2]
+    assert step > 16
+    assert anchors[1][1, 0, 0, 1] - anchors[1][0, 0, 0, 1] == step
+
+
 def test_a_picture_padded_with_grey_to_a_square(pipeline_of):
     settings = pointed().settings
     for name, value in (("pad_to_square", True), ("pad_value", 114.0), ("pad_divisor", 1)):
@@ -139,6 +171,78 @@ def test_a_picture_padded_with_grey_to_a_square(pipeline_of):
     assert "hatched: pixels of 114, up to a square" in page.figure.axes[0].get_xlabel()
     assert "make it a square" in page.text
     assert "first network" not in page.text
+
+
+def network_of(**outputs):
+    """Return the networks of a detector that says this of every picture, {name: array}."""
+
+    def run(blob, record):
+        record("model", image=blob, **{name: array[None] for name, array in outputs.items()})
+        return [array[None] for array in outputs.values()]
+
+    return {"model.onnx": run}
+
+
+@pytest.fixture
+def peaks():
+    """Return the Pipeline of a CenterNet that finds two objects in a picture of 100 x 50 pixels."""
+    canvas = Preprocess(scale=None, canvas=31, mean=(0, 0, 0), std=(255, 255, 255), to_rgb=False, pad_divisor=1)
+    settings = CenterNetSettings(classes=("a", "b"), preprocess=canvas, head=Queries(max_per_img=2))
+    heatmap = np.full((2, 16, 32), 0.01, np.float32)  # of a canvas of 128 x 64
+    heatmap[1, 8, 16], heatmap[0, 8, 10], heatmap[0, 8, 11] = 0.9, 0.7, 0.6
+    size, offset = np.full((2, 16, 32), 3, np.float32), np.full((2, 16, 32), 0.25, np.float32)
+    networks = network_of(heatmap=heatmap, size=size, offset=offset)
+    image = np.random.default_rng(0).integers(100, 255, (50, 100, 3), np.uint8)
+    return explain.Pipeline(CenterNet(settings, networks), image)
+
+
+def test_the_pages_of_centernet(peaks):
+    pages = explain.pages_of(peaks)
+    assert [page.name for page in pages] == ["1_input", "2_heat", "3_boxes", "4_result"]
+    assert numbers(pages[1].caption) == [2, 32, 16, 2, 0, 90]
+    assert numbers(pages[2].caption) == [3, 2]
+
+
+def test_a_picture_in_the_middle_of_black(peaks):
+    np.testing.assert_array_equal(peaks.resized, peaks.image[..., ::-1])
+    page = explain.draw_input(peaks)
+    assert page.caption == "Input: 100 x 50 pixels, padded to 128 x 64"
+    assert page.figure.axes[0].get_xlabel().endswith("hatched: black, up to multiples of 32")
+    hatched = sum(patch.get_width() * patch.get_height() for patch in page.figure.axes[0].patches)
+    assert hatched == 128 * 64 - 100 * 50
+    assert "keeps its size" in page.text
+
+
+def test_crosses_stand_where_the_centres_are(peaks):
+    axis = explain_one_stage.draw_heat(peaks).figure.axes[0]
+    np.testing.assert_allclose(axis.images[-1].get_array(), peaks.model["heatmap"][0].max(axis=0))
+    assert axis.images[-1].get_extent() == [0, 128, 64, 0]
+    drawn = axis.lines[0].get_xydata()
+    np.testing.assert_allclose(drawn, [[16.25 * 4, 8.25 * 4], [10.25 * 4, 8.25 * 4]])
+
+
+def test_the_boxes_of_peaks_are_drawn_in_the_picture(peaks):
+    axis = explain_one_stage.draw_peaks(peaks).figure.axes[0]
+    drawn = [path.vertices[[0, 2]].ravel() for path in axis.collections[0].get_paths()]
+    left, top = 64 - 50, 32 - 25  # of the picture in the canvas
+    expected = [[(x - 1.5) * 4 - left, (8.25 - 1.5) * 4 - top, (x + 1.5) * 4 - left, (8.25 + 1.5) * 4 - top]
+                for x in (10.25, 16.25)]  # the best last, on top  # fmt: skip
+    np.testing.assert_allclose(drawn, expected)
+
+
+def test_the_page_of_queries():
+    rng = np.random.default_rng(0)
+    settings = DETRSettings(classes=("a", "b"), preprocess=PREPROCESS, head=Queries(max_per_img=3))
+    cls, reg = rng.normal(0, 2, (5, 3)).astype(np.float32), rng.uniform(0.2, 0.4, (5, 4)).astype(np.float32)
+    image = np.zeros((96, 128, 3), np.uint8)
+    p = explain.Pipeline(DETR(settings, network_of(cls=cls, reg=reg)), image)
+    pages = explain.pages_of(p)
+    assert [page.name for page in pages] == ["1_input", "2_queries", "3_result"]
+    best = softmax(cls)[:, :2].max(axis=1)
+    assert pages[1].caption == f"2  Queries: 5 answers, the best score {best.max():.2f}"
+    drawn = [path.vertices[0] for path in pages[1].figure.axes[0].collections[0].get_paths()]
+    corners = (reg[:, :2] - reg[:, 2:] / 2) * np.float32([128, 96])
+    np.testing.assert_allclose(drawn, corners[np.argsort(best)], rtol=1e-5)
 
 
 def test_the_files(points, tmp_path, photographs):

@@ -154,6 +154,8 @@ def test_candidates_vote_on_the_box_of_a_detection():
     weights = np.array([0.9, 0.6 * np.exp(-((1 - 10 / 12) ** 2) / 0.025)])  # the last one's IoU is below 0.01
     np.testing.assert_allclose(voted.boxes, [weights @ boxes[:2] / weights.sum()], rtol=1e-6)
     np.testing.assert_array_equal(voted.scores, scores[:1])
+    flat = np.float32([[10, 0, 10, 5]])  # without area, no IoU: what was clipped away at the border
+    np.testing.assert_array_equal(vote(Detections(flat, scores[:1], labels[:1]), flat, scores[:1], labels[:1])[0], flat)
 
 
 # ------------------------------------------------------------------ decoding
@@ -189,6 +191,10 @@ def test_a_centre_moves_no_further_than_it_may():
     deltas = [[5, -5, 0, 0], [0.5, 0.25, 0, 0]]  # of anchors of 16 x 16 in row 2, columns 2 and 3
     boxes = decoded(detector, 1, [26, 27], deltas)
     np.testing.assert_allclose(boxes, [[38, 26, 54, 42], [54, 36, 70, 52]], atol=1e-5)
+    coder = Coder(means=(0.25, 0, 0, 0), stds=(0.5, 0.1, 1, 1), shrinks_freely=True)
+    detector = anchored(RetinaNet, RetinaNetSettings, deltas=coder, max_shift=6)
+    boxes = decoded(detector, 1, [26, 27], [[-5, 1, 0, 0], [0, 9, 0, 0]])  # -36 and 1.6, 4 and 14.4 pixels
+    np.testing.assert_allclose(boxes, [[26, 33.6, 42, 49.6], [52, 38, 68, 54]], atol=1e-5)
 
 
 def test_four_distances_from_a_point():
@@ -228,27 +234,26 @@ def test_points_are_as_far_apart_as_their_maps_tell():
     np.testing.assert_allclose(boxes, [[0, 0, 32, 64]])
 
 
-def test_tood_reads_each_side_where_its_offsets_point():
-    points = CellPoints(strides=[8], offset=0, units=[8])
+@pytest.mark.parametrize("middle", [0, 0.5])  # of a cell, where its point is
+def test_tood_reads_each_side_where_its_offsets_point(middle):
+    points = CellPoints(strides=[4, 8], offset=middle, units=[4, 8])
     detector = TOOD(TOODSettings(classes=("a",), preprocess=PREPROCESS, points=points, head=HEAD), {})
     rng = np.random.default_rng(3)
-    reg = rng.uniform(2, 3, (4, 5, 6)).astype(np.float32)
+    reg = rng.uniform(0.5, 1, (4, 5, 6)).astype(np.float32)
     offset = np.zeros((8, 5, 6), np.float32)
     y, x = 2, 3
     offset[:, y, x] = [0.5, 0, 0, 1.25, -1, -1, 9, 0]  # y, x of each side: left, upper, right, lower
-    maps = [{"cls": np.zeros((1, 5, 6)), "reg": reg, "offset": offset}]
-    left = (x - reg[0, 2:4, x]).mean()  # half a row further down
-    upper = y - (0.75 * reg[1, y, x + 1] + 0.25 * reg[1, y, x + 2])
-    right, lower = x - 1 + reg[2, y - 1, x - 1], 0  # outside the map there is nothing
-    found = detector.decode(0, maps, np.array([y * 6 + x]), SIZE)
-    own = np.array([x - reg[0, y, x], y - reg[1, y, x], x + reg[2, y, x], y + reg[3, y, x]])
-    expected = np.array([left, upper, right, lower])
-    swapped = (expected[:2] > expected[2:]).any()
-    np.testing.assert_allclose(found, [8 * (own if swapped else expected)], rtol=1e-5)
+    maps = [{"cls": np.zeros((1, 5, 6)), "reg": reg, "offset": offset}] * 2
+    left = x + middle - reg[0, 2:4, x].mean()  # half a row further down
+    upper = y + middle - (0.75 * reg[1, y, x + 1] + 0.25 * reg[1, y, x + 2])
+    right, lower = x - 1 + middle + reg[2, y - 1, x - 1], 0  # outside the map there is nothing
+    assert left < right
+    assert upper > lower  # so the cell's own sides count
+    own = np.array([x - reg[0, y, x], y - reg[1, y, x], x + reg[2, y, x], y + reg[3, y, x]]) + middle
+    np.testing.assert_allclose(detector.decode(1, maps, np.array([y * 6 + x]), SIZE), [8 * own], rtol=1e-5)
     offset[6, y, x] = 1  # now the lower side is where it should be
-    expected[3] = y + 1 + reg[3, y + 1, x]
-    found = detector.decode(0, maps, np.array([y * 6 + x]), SIZE)
-    np.testing.assert_allclose(found, [8 * expected], rtol=1e-5)
+    expected = np.array([left, upper, right, y + 1 + middle + reg[3, y + 1, x]])
+    np.testing.assert_allclose(detector.decode(1, maps, np.array([y * 6 + x]), SIZE), [8 * expected], rtol=1e-5)
 
 
 def test_yolo_moves_a_box_within_its_cell_or_by_strides():

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from boxes import assert_equal_detections
+from boxes import assert_equal_detections, with_second_chance
 from conftest import MMDETECTION, TABLES
 
 pytest.importorskip("mmdet", reason=MMDETECTION)
@@ -19,10 +19,15 @@ from sources import SourceError, mmdetection  # noqa: E402
 SCALE = "data.test.pipeline.1.img_scale"
 CONFIGS = {  # and what is changed in them, beside the size of the pictures
     "retinanet/retinanet_r50_fpn_1x_coco": {},
+    "retinanet/retinanet_x101_32x4d_fpn_1x_coco": {},
+    "pisa/pisa_retinanet_r50_fpn_1x_coco": {},
     "free_anchor/retinanet_free_anchor_r50_fpn_1x_coco": {},
     "atss/atss_r50_fpn_1x_coco": {},
+    "ddod/ddod_r50_fpn_1x_coco": {SCALE: (960, 608)},  # mmcv wants 3 x 3 cells to deform, also of half the size
     "paa/paa_r50_fpn_1x_coco": {},
+    "lad/lad_r50_paa_r101_fpn_coco_1x": {},
     "ssd/ssd300_coco": {SCALE: (300, 300)},
+    "ssd/ssd512_coco": {SCALE: (512, 512)},
     "ssd/ssdlite_mobilenetv2_scratch_600e_coco": {SCALE: (320, 320)},
     "yolof/yolof_r50_c5_8x8_1x_coco": {},
     "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco": {},
@@ -30,14 +35,18 @@ CONFIGS = {  # and what is changed in them, beside the size of the pictures
     "fsaf/fsaf_r50_fpn_1x_coco": {},
     "foveabox/fovea_align_r50_fpn_gn-head_4x4_2x_coco": {},
     "gfl/gfl_r50_fpn_1x_coco": {},
+    "ld/ld_r18_gflv1_r101_fpn_coco_1x": {},
     "vfnet/vfnet_r50_fpn_1x_coco": {},
     "autoassign/autoassign_r50_fpn_8x2_1x_coco": {},
     "reppoints/reppoints_moment_r50_fpn_gn-neck+head_1x_coco": {},
+    "yolo/yolov3_d53_320_273e_coco": {SCALE: (320, 320)},
     "yolo/yolov3_mobilenetv2_320_300e_coco": {},
     "yolox/yolox_tiny_8x8_300e_coco": {SCALE: (416, 416)},
+    "yolox/yolox_s_8x8_300e_coco": {SCALE: (416, 416)},
     "tood/tood_r50_fpn_1x_coco": {},
     "centernet/centernet_resnet18_140e_coco": {SCALE: None},
     "detr/detr_r50_8x2_150e_coco": {},
+    "pvt/retinanet_pvtv2-b0_fpn_1x_coco": {},
 }  # fmt: skip
 LEAVE_THE_PICTURE = ("yolo", "yolox", "tood", "centernet")  # their boxes are not clipped
 
@@ -47,22 +56,29 @@ LEAVE_THE_PICTURE = ("yolo", "yolox", "tood", "centernet")  # their boxes are no
 def test_a_one_stage_detector(tmp_path, photographs, capsys, name):
     folder, _, config = name.partition("/")
     write_config(config, CONFIGS[name], tmp_path / "config.py")
-    found, _, cells = export_and_compare(tmp_path / "config.py", tmp_path, photographs["coffee"], capsys)
+    found, _, cells = with_second_chance(
+        lambda image: export_and_compare(tmp_path / "config.py", tmp_path, image, capsys), photographs["coffee"]
+    )
     TABLES["One-stage detectors"].append([name, *cells])
     assert len(found.boxes) >= 100
     assert len(set(found.labels)) >= 5
 
-    upright, detector = photographs["motorcycle"], load(tmp_path)
-    cv2.imwrite(str(tmp_path / "upright.png"), upright)
-    source = mmdetection.load(tmp_path / "config.py", tmp_path / "seeded.pth")
-    second = detector(upright)
-    assert_equal_detections(second, source.detect(tmp_path / "upright.png"))
+    detector, source = load(tmp_path), mmdetection.load(tmp_path / "config.py", tmp_path / "seeded.pth")
+
+    def compare(upright):
+        cv2.imwrite(str(tmp_path / "upright.png"), upright)
+        second = detector(upright)
+        assert_equal_detections(second, source.detect(tmp_path / "upright.png"))
+        return second
+
+    second = with_second_chance(compare, photographs["motorcycle"])
     assert len(second.boxes) >= 100
     assert len(set(second.labels)) >= 5 or folder == "detr"  # random queries tell little of another picture
-    (height, width), boxes = upright.shape[:2], second.boxes
+    (height, width), boxes = photographs["motorcycle"].shape[:2], second.boxes
     outside = (boxes < -1).any() or (boxes > np.float32([width, height] * 2) + 1).any()
     at_border = np.isclose(boxes, 0, atol=1e-3) | np.isclose(boxes, np.float32([width, height] * 2), atol=1.5)
-    assert outside if folder in LEAVE_THE_PICTURE else at_border.any() and not outside
+    if folder != "ddod":  # in its larger picture, none of the best boxes is at the border
+        assert outside if folder in LEAVE_THE_PICTURE else at_border.any() and not outside
 
 
 @pytest.mark.slow
@@ -118,14 +134,42 @@ REFUSED = {  # configs, their changes, and what is named
     "centernet/centernet_resnet18_dcnv2_140e_coco": (
         {}, "to_float32=True"
     ),
+    "gfl/gfl_r101_fpn_mstrain_2x_coco": (
+        {"model.bbox_head.anchor_generator.centers": [(4, 4)] * 5}, "prior_generator.centers is"
+    ),
+    "foveabox/fovea_r50_fpn_4x4_1x_coco": ({"model.test_cfg.nms_pre": 0}, "needs an nms_pre above 0"),
+    "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco": ({"model.test_cfg.max_per_img": 0}, "a max_per_img above 0"),
+    "yolo/yolov3_d53_mstrain-608_273e_coco": ({"model.bbox_head.featmap_strides": [32, 16, 4]}, "featmap_strides is"),
+    "detr/detr_r50_8x2_150e_coco with more answers than queries": (
+        {"model.test_cfg.max_per_img": 300}, "max_per_img is more than bbox_head.num_query"
+    ),
+    "detr/detr_r50_8x2_150e_coco with more padding": (
+        {"data.test.pipeline.1.transforms.3.size_divisor": 64}, "DETR cannot be exported with more padding"
+    ),
+    "centernet/centernet_resnet18_140e_coco with other padding": (
+        {SCALE: None, "data.test.pipeline.1.transforms.1.test_pad_add_pix": 0}, "test_pad_add_pix=0"
+    ),
+    "centernet/centernet_resnet18_140e_coco read as bytes": (
+        {SCALE: None, "data.test.pipeline.0.to_float32": False}, "to_float32=False"
+    ),
+    "lad/lad_r50_paa_r101_fpn_coco_1x": ({"model.bbox_head": None}, "model.type is LAD"),
     "vfnet/vfnet_r50_fpn_1x_coco": ({"model.test_cfg.nms.type": "nms_match"}, "model.test_cfg.nms has type"),
 }  # fmt: skip
+
+
+def test_yolox_has_no_limit(tmp_path):
+    """Its head does not read max_per_img."""
+    detector = mmdetection.build_detector(
+        mmdetection.read_config(mmdetection.find_config("yolox_tiny_8x8_300e_coco")).model
+    )
+    detector.test_cfg.max_per_img = 5
+    assert mmdetection.describe_yolo(detector)[1]["head"].max_per_img is None
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_of_one_stage_detectors(tmp_path, capsys, name):
     changes, words = REFUSED[name]
-    write_config(name.split("/")[1], changes, tmp_path / "config.py")
+    write_config(name.split("/")[1].split()[0], changes, tmp_path / "config.py")
     with pytest.raises(SourceError, match=words):
         mmdetection.load(tmp_path / "config.py", tmp_path / "no.pth")
     assert words in refusal(capsys, tmp_path, tmp_path / "config.py", tmp_path / "no.pth")
