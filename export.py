@@ -6,14 +6,14 @@ python export.py torchvision:BUILDER [CHECKPOINT]    torchvision's; without CHEC
 
 Every network runs in PyTorch and in ONNX Runtime, and every output is compared (True: they differ by less than 1e-4,
 or by less than 2e-6 of the largest value); then the detections in a picture. The files are moved to --out only when
-all is True. Exit status: 0 all True, 1 something differs, 2 nothing could be exported, 130 interrupted. A CONFIG is
-Python and is run.
+all is True. After that, --int8 and --fp16 write the same networks with smaller numbers, and measure what that costs;
+--whole writes the whole detector as one file, which is compared with them.
+Exit status: 0 all True, 1 something differs, or could not be written in another way, 2 nothing could be exported, 130
+interrupted. A CONFIG is Python and is run.
 """
 
 import argparse
 import contextlib
-import copy
-import hashlib
 import inspect
 import logging
 import os
@@ -33,11 +33,14 @@ try:
     import onnx
     import torch
 
+    import quantize
     import sources
-    from detectors import FIRST, ModelError, load, one_line, rle
+    import whole
+    from compare import any_score, verify_detections
+    from detectors import FIRST, ModelError, load, one_line
     from detectors.preprocess import preprocess
-    from detectors.settings import changed, write
-    from pictures import name_and_value, read_picture, run_program
+    from pictures import find_pictures, is_annotated, name_and_value, number_of, read_picture, run_program
+    from sources.onnx_files import check_standard, save_networks
 except ImportError as error:  # --help works all the same
     MISSING = error
 else:
@@ -45,8 +48,6 @@ else:
 
 HERE = Path(__file__).resolve().parent
 OUTPUT_TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-6  # the latter is some twenty units in the last place of a float32
-BOX_TOLERANCE, SCORE_TOLERANCE = 1e-2, 1e-4  # boxes in pixels
-MASK_IOU, MASK_PIXELS = 0.999, 3  # masks are equal at this IoU, or if no more pixels differ
 
 
 # ---------------------------------------------------------------------- write
@@ -79,24 +80,14 @@ def to_onnx(network, path, opset):
         reason = one_line(error).split(" Please feel free")[0].rstrip(".")[:500]  # to contact PyTorch's developers
         raise sources.SourceError(f"PyTorch cannot export {path.name} at opset {opset}: {reason}") from error
     model = onnx.load(str(path))
-    onnx.checker.check_model(model)
-    foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    if foreign:
-        raise sources.SourceError(f"these operators are not standard ONNX: {', '.join(sorted(foreign))}")
+    check_standard(model)
     return model
 
 
 def write_networks(source, folder, opset):
     """Write the networks of a Source to a folder, each with the settings in its metadata."""
     models = {name: to_onnx(network, folder / name, opset) for name, network in source.networks.items()}
-    settings = changed(source.settings, "networks", tuple(models))
-    digest = hashlib.sha256(write(settings).encode())
-    for model in models.values():
-        digest.update(model.SerializeToString(deterministic=True))
-    settings = changed(settings, "pair", digest.hexdigest()[:16])  # the same content has the same id
-    for name, model in models.items():
-        onnx.helper.set_model_props(model, {"detector": write(settings)})
-        onnx.save(model, str(folder / name))
+    save_networks(models, source.settings, folder)
 
 
 # ---------------------------------------------------------------------- verify
@@ -149,45 +140,6 @@ def verify_outputs(source, detector, stages):
     return different
 
 
-def pair_detections(ours, reference):
-    """Pair Detections one to one, each with the nearest of the same label that is left; return both, in this order."""
-    left, pairs = np.ones(len(reference.boxes), bool), []
-    for i, (box, label) in enumerate(zip(ours.boxes, ours.labels)):
-        candidates = np.flatnonzero(left & (reference.labels == label))
-        if len(candidates):
-            twin = candidates[np.abs(reference.boxes[candidates] - box).max(axis=1).argmin()]
-            left[twin] = False
-            pairs.append((i, twin))
-    chosen, twins = np.array(pairs, int).reshape(-1, 2).T
-    return ours.where(chosen), reference.where(twins)
-
-
-def mask_overlap(first, second):
-    """Return the IoU of two run-length encoded masks; 1 if they differ in MASK_PIXELS pixels or fewer."""
-    first, second = rle.decode(first), rle.decode(second)
-    if first.shape != second.shape:
-        return 0.0
-    different, union = np.count_nonzero(first ^ second), np.count_nonzero(first | second)
-    return 1.0 if different <= MASK_PIXELS else 1 - different / union
-
-
-def verify_detections(title, ours, reference):
-    """Print a line for the whole detector against the framework's own; return whether it is True."""
-    first, second = pair_detections(ours, reference)
-    box_difference = np.abs(first.boxes - second.boxes).max(initial=0)
-    score_difference = np.abs(first.scores - second.scores).max(initial=0)
-    equal = len(first.boxes) == len(ours.boxes) == len(reference.boxes)
-    equal &= bool(box_difference <= BOX_TOLERANCE and score_difference <= SCORE_TOLERANCE)
-    text = f"largest difference {box_difference:.1e} px, {score_difference:.1e} in score"
-    if ours.masks is not None:
-        overlap = min(map(mask_overlap, first.masks, second.masks), default=1.0)
-        equal &= overlap >= MASK_IOU
-        text += f", smallest IoU of masks {overlap:.4f}"
-    counts = f"{len(ours.boxes)}, the framework's own: {len(reference.boxes)}, paired: {len(first.boxes)}"
-    print(f"{title}: {counts}, {text}  {equal}")
-    return equal
-
-
 def verify(source, detector, picture):
     """Compare every output of every network, and the detections in a picture; return the names of what differs.
 
@@ -195,9 +147,7 @@ def verify(source, detector, picture):
     something to compare.
     """
     image, stages = read_picture(picture), {}
-    anything = copy.copy(detector)
-    anything.settings = changed(detector.settings, "head.score_threshold", 0.0)
-    found = anything(image, lambda stage, **arrays: stages.update({stage: arrays}))
+    found = any_score(detector)(image, lambda stage, **arrays: stages.update({stage: arrays}))
     different = verify_outputs(source, detector, stages)
     equal = verify_detections("detections", detector(image), source.detect(picture))
     equal &= verify_detections("with any score", found, source.detect(picture, 0.0))
@@ -231,6 +181,7 @@ def export(source, out, opset, picture):
             return False
         for name in source.networks:
             os.replace(Path(folder) / name, out / name)
+        (out / "detector.onnx").unlink(missing_ok=True)  # of older networks, see whole.py
     print(f"written: {', '.join(str(out / name) for name in source.networks)}")
     return True
 
@@ -254,6 +205,12 @@ def read_arguments(arguments):
     add("--opset", metavar="N", type=int, help="of ONNX (default: 13, or the first that has all operators)")
     add("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
         help="the picture on which detections are compared (default: the bundled picture)")  # fmt: skip
+    add("--int8", metavar="FOLDER",
+        help="also write them in 8 bits to --out/int8; FOLDER (or a glob): pictures such as they will see")  # fmt: skip
+    add("--calibrate", metavar="N", type=None if MISSING else number_of("pictures"), default=48,
+        help="how many of these pictures say which numbers occur; others measure what is lost")  # fmt: skip
+    add("--fp16", action="store_true", help="also write them in half precision, for GPUs, to --out/fp16")
+    add("--whole", action="store_true", help="also write the whole detector as one file, --out/detector.onnx")
     add("--trust-checkpoint", action="store_true",
         help="load a checkpoint that holds more than tensors; it can run any code")  # fmt: skip
     return parser.parse_intermixed_args(arguments)
@@ -273,14 +230,53 @@ def read_names(path):
     return names
 
 
+def divide_pictures(path, count):
+    """Return the pictures of a folder or glob that calibrate 8 bits, `count` at most, and those to measure on."""
+    found, problems = find_pictures([path])
+    if problems:
+        raise sources.SourceError(f"--int8 {problems[0]}")
+    originals = [picture for picture in found if not is_annotated(picture)]
+    if len(originals) < len(found):
+        print(f"left out, annotated by demo.py: {len(found) - len(originals)}")
+    return quantize.divide(originals, count)
+
+
+def write_also(write, *arguments):
+    """Write an export in another way, too; return whether it is as good. An error is printed: the export is there."""
+    try:
+        return write(*arguments)
+    except (sources.SourceError, ModelError, OSError) as error:
+        print(f"export.py: {one_line(error)}", file=sys.stderr)
+        return False
+
+
+def write_whole(folder, picture):
+    """Write the export in a folder as one file, detector.onnx; return whether it finds the same in a picture."""
+    out = folder / "detector.onnx"
+    equal = whole.write_whole(load(folder), out, read_picture(picture))
+    if not equal:
+        print(f"export.py: in one file, other objects are found: {out} was not written", file=sys.stderr)
+    return equal
+
+
 def main(arguments=None):
     """Run the command line; return the exit status."""
     args = read_arguments(arguments)
     try:
+        if args.whole and whole.MISSING:
+            raise sources.SourceError(f"--whole: {whole.MISSING}: uv run --extra whole installs it")
         classes = read_names(args.classes) if args.classes else None
         options = {"--set": args.options, "--cfg-options": args.cfg_options}
+        divided = None if args.int8 is None else divide_pictures(args.int8, args.calibrate)
         source = sources.load(args.config, args.checkpoint, args.trust_checkpoint, classes, options)
-        return 0 if export(source, args.out, args.opset, args.picture) else 1
+        if args.whole:
+            whole.refuse(source.settings)
+        if not export(source, args.out, args.opset, args.picture):
+            return 1
+        good = [write_also(quantize.write_int8, args.out, *divided)] if divided else []
+        good += [write_also(quantize.write_fp16, args.out, args.picture)] if args.fp16 else []
+        good += [write_also(write_whole, args.out, args.picture)] if args.whole else []
+        return 0 if all(good) else 1
     except (sources.SourceError, ModelError, OSError) as error:
         print(f"export.py: {one_line(error)}", file=sys.stderr)
         return 2

@@ -46,7 +46,7 @@ def race(contestants, rounds=ROUNDS):
 def report(title, seconds, results):
     """Print one contest and keep it in the results."""
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
-    best_peer = min(median for name, median in medians.items() if name != "ours")
+    best_peer = min(median for name, median in medians.items() if not name.startswith("ours"))
     print(f"\n{title}")
     for name, times in seconds.items():
         low, high = np.percentile(times, [25, 75])
@@ -297,11 +297,29 @@ def ours_whole(folder, pair="pair"):
     return load(folder / pair)
 
 
-def mmdetection_whole(folder, config=None, checkpoint="seeded.pth"):
-    """Return MMDetection's detector as a function of an image that returns the scores."""
-    from sources.mmdetection import DEFAULT_CONFIG, find_config, inference_detector, load_detector
+def one_file_whole(folder):
+    """Return our detector in one file as a function of an image."""
+    import onnxruntime
 
-    detector = load_detector(find_config(config or DEFAULT_CONFIG), folder / checkpoint)
+    from detectors import load
+    from detectors.preprocess import preprocess
+
+    settings = load(folder / "pair").settings
+    session = onnxruntime.InferenceSession(str(folder / "detector.onnx"), providers=["CPUExecutionProvider"])
+
+    def run(image):
+        blob, image_size, scale_factor = preprocess(image, settings.preprocess)[:3]
+        inputs = {"image": blob, "image_size": np.float32(image_size), "scale_factor": scale_factor}
+        return session.run(None, inputs)
+
+    return run
+
+
+def mmdetection_whole(folder, pair="pair"):
+    """Return MMDetection's detector as a function of an image that returns the scores."""
+    from sources.mmdetection import find_config, inference_detector, load_detector
+
+    detector = load_detector(find_config(CONFIGS[pair][0]), folder / f"{pair}.pth")
 
     def run(image):
         found = inference_detector(detector, image)
@@ -340,10 +358,18 @@ def torchvision_whole(folder, builder):
     return run
 
 
-MASK_CONFIG = "mask_rcnn_r50_fpn_1x_coco"
+CONFIGS = {  # of MMDetection, by the folders of our exports; those that are raced against it alone have a title
+    "pair": ("faster_rcnn_r50_fpn_1x_coco", ""),
+    "masks": ("mask_rcnn_r50_fpn_1x_coco", "Mask R-CNN R50-FPN, 800 x 1216"),
+    "retina_net": ("retinanet_r50_fpn_1x_coco", "RetinaNet R50-FPN, 800 x 1216"),
+    "atss": ("atss_r50_fpn_1x_coco", "ATSS R50-FPN, 800 x 1216"),
+    "yolox": ("yolox_s_8x8_300e_coco", "YOLOX-s, 640 x 640"),
+}
 BUILDERS = ("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn")
 WHOLE = {
     "ours": ours_whole,
+    "ours in 8 bits": functools.partial(ours_whole, pair="pair_int8"),
+    "ours in one file": one_file_whole,
     "MMDetection inference_detector": mmdetection_whole,
     "torchvision, one ONNX graph": torchvision_onnx_whole,
 }
@@ -352,23 +378,23 @@ WHOLE = {
 def prepare_whole(folder):
     """Write the detectors to a folder: their checkpoints, our exports of them, torchvision's export."""
     import mmcv
+    import onnx
     import seeded_mmdetection
     import seeded_torchvision
     import torch
 
     import export
+    import whole
     from sources import mmdetection, torchvision
 
-    config = mmdetection.find_config(mmdetection.DEFAULT_CONFIG)
-    cfg = mmcv.Config.fromfile(str(config))
-    checkpoint = seeded_mmdetection.write_checkpoint(cfg, folder / "seeded.pth", photograph())
-    (folder / "pair").mkdir()
-    export.write_networks(mmdetection.load(config, checkpoint), folder / "pair", opset=13)
-    config = mmdetection.find_config(MASK_CONFIG)
-    cfg = mmcv.Config.fromfile(str(config))
-    checkpoint = seeded_mmdetection.write_checkpoint(cfg, folder / "seeded_masks.pth", photograph())
-    (folder / "masks").mkdir()
-    export.write_networks(mmdetection.load(config, checkpoint), folder / "masks", opset=13)
+    for pair, (name, _) in CONFIGS.items():
+        config = mmdetection.find_config(name)
+        cfg = mmcv.Config.fromfile(str(config))
+        checkpoint = seeded_mmdetection.write_checkpoint(cfg, folder / f"{pair}.pth", photograph())
+        (folder / pair).mkdir()
+        export.write_networks(mmdetection.load(config, checkpoint), folder / pair, opset=13)
+    write_int8(folder / "pair", folder / "pair_int8")
+    onnx.save(whole.build(ours_whole(folder)), str(folder / "detector.onnx"))
     model = seeded_torchvision.seeded_model(BUILDERS[0], photograph())
     torch.onnx.export(
         model, ([torch.rand(3, *IMAGE_SIZE)],), str(folder / "torchvision.onnx"), opset_version=17, dynamo=False,
@@ -378,6 +404,19 @@ def prepare_whole(folder):
         checkpoint = seeded_torchvision.write_checkpoint(builder, folder / f"{builder}.pth", photograph())
         (folder / builder).mkdir()
         export.write_networks(torchvision.load(builder, checkpoint), folder / builder, opset=13)
+
+
+def write_int8(folder, out):
+    """Write the export in a folder in 8 bits to another; with seeded weights, only how fast it is says something."""
+    import cv2
+
+    import quantize
+
+    pictures = [folder.parent / f"{side}.png" for side in range(300, 500, 20)]
+    for side, picture in zip(range(300, 500, 20), pictures):
+        cv2.imwrite(str(picture), cv2.resize(photograph()[:side, : 2 * side], IMAGE_SIZE[::-1]))
+    quantize.write_int8(folder, *quantize.divide(pictures, 8))
+    next(folder.glob("int8*")).rename(out)
 
 
 def serve(load, folder, connection):
@@ -461,16 +500,17 @@ def race_torchvision(folder, results):
         print_stages(ours(folder), image, results, f"Our stages of {builder}")
 
 
-def race_masks(folder, results):
-    """Race our export of Mask R-CNN against MMDetection's model."""
+def race_mmdetection(folder, results):
+    """Race our exports of MMDetection's other detectors against the detectors."""
     image = np.load(folder / "image.npy")
-    ours = functools.partial(ours_whole, pair="masks")
-    theirs = functools.partial(mmdetection_whole, config=MASK_CONFIG, checkpoint="seeded_masks.pth")
-    scores = ours(folder)(image).scores, theirs(folder)(image)
-    np.testing.assert_allclose(*map(np.sort, scores), atol=1e-4)
-    loaders = {"ours": ours, "MMDetection inference_detector": theirs}
-    race_processes("Mask R-CNN R50-FPN, 800 x 1216", loaders, folder, results)
-    print_stages(ours(folder), image, results, "Our stages of Mask R-CNN")
+    for pair, (_, title) in CONFIGS.items():
+        if not title:
+            continue
+        ours, theirs = (functools.partial(load, pair=pair) for load in (ours_whole, mmdetection_whole))
+        scores = ours(folder)(image).scores, theirs(folder)(image)
+        np.testing.assert_allclose(*map(np.sort, scores), atol=1e-4)
+        race_processes(title, {"ours": ours, "MMDetection inference_detector": theirs}, folder, results)
+        print_stages(ours(folder), image, results, f"Our stages of {title}, {len(scores[0])} detections")
 
 
 def race_whole(folder, results):
@@ -480,6 +520,7 @@ def race_whole(folder, results):
     detector = ours_whole(folder)
     ours, reference = detector(image), mmdetection_whole(folder)(image)
     np.testing.assert_allclose(np.sort(ours.scores), np.sort(reference), atol=1e-4)
+    np.testing.assert_allclose(one_file_whole(folder)(image)[1], ours.scores, atol=1e-4)
     memory = race_processes("The whole detector: R50-FPN, 800 x 1216", WHOLE, folder, results)
     print("\nIts peak memory")
     for name, peak in memory.items():
@@ -542,7 +583,10 @@ def describe_machine():
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
     versions.update({"torch": torch.__version__, "torchvision": torchvision.__version__, "mmcv": mmcv.__version__})
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "versions": versions}
+    flags = [set(line.split(":")[1].split()) for line in info.read_text().splitlines() if line.startswith("flags")]
+    instructions = sorted({"avx2", "avx512f", "avx512_vnni", "avx_vnni"}.intersection(*flags[:1]))
+    processor = names[0] if names else platform.processor()
+    return {"processor": processor, "instructions": instructions, "cores": os.cpu_count(), "versions": versions}
 
 
 def main():
@@ -557,7 +601,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         prepare_whole(Path(folder))
         detector = race_whole(Path(folder), results)
-        race_masks(Path(folder), results)
+        race_mmdetection(Path(folder), results)
         race_torchvision(Path(folder), results)
         growth(detector, results)
     if args.json:

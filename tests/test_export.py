@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,20 +12,24 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import MMDETECTION, ROOT, SHAPES
+from conftest import MMDETECTION, ROOT, SHAPES, draw_shapes
 
 from detectors import Detections, load
 from detectors.settings import changed
+from pictures import annotated_png
 
 torch = pytest.importorskip("torch", reason=MMDETECTION)
 mmdetection = pytest.importorskip("sources.mmdetection", reason=MMDETECTION, exc_type=ImportError)
 
 import mmcv  # noqa: E402
 
+import compare  # noqa: E402
 import export  # noqa: E402
 import sources  # noqa: E402
+import whole  # noqa: E402
 from sources import checkpoints  # noqa: E402
 from sources.layers import GroupNorm, replace_layers  # noqa: E402
+from sources.onnx_files import check_standard  # noqa: E402
 
 PAIR = ("model1.onnx", "model2.onnx")
 
@@ -52,6 +57,54 @@ def assert_refused(capfd, tmp_path, arguments, *words, status=2):
         assert word in line
     assert [(tmp_path / name).read_text() for name in PAIR] == ["the old one"] * 2
     assert not list(tmp_path.glob(".export*"))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [(None, "no such file"), ([], "no pictures in this folder"), (range(1), "8 bits need at least 10 pictures")],
+)
+def test_folders_that_cannot_calibrate(tmp_path, shapes, capfd, seeds, words):
+    """They are refused before anything else is done."""
+    if seeds is not None:
+        draw_shapes(tmp_path / "pictures", seeds)
+    assert_refused(capfd, tmp_path, [*shapes, "--int8", str(tmp_path / "pictures")], words)
+
+
+def test_what_demo_annotated_calibrates_nothing(tmp_path, capfd):
+    paths = draw_shapes(tmp_path, range(10))
+    (tmp_path / "shown.png").write_bytes(annotated_png(cv2.imread(str(paths[0]))))
+    calibrating, measuring = export.divide_pictures(str(tmp_path), 48)
+    assert sorted([*calibrating, *measuring]) == sorted(map(str, paths))
+    assert "annotated by demo.py: 1" in capfd.readouterr().out
+
+
+def test_a_number_of_pictures(shapes, capfd):
+    with pytest.raises(SystemExit):
+        export.main([*shapes, "--int8", "pictures", "--calibrate", "0"])
+    assert "0 is not a number of pictures" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_smaller_numbers_from_the_command_line(tmp_path):
+    draw_shapes(tmp_path / "pictures", range(12))
+    arguments = ["--out", tmp_path / "out", "--int8", tmp_path / "pictures" / "*.png", "--calibrate", "6", "--fp16"]
+    result = run_export(SHAPES / "config.py", SHAPES / "shapes.pth", *arguments)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("int8: in 6 pictures", "fp16: in 1 pict"))]
+    assert [line.endswith("  True") for line in lines] == [True, True]
+    for folder in ("int8", "fp16"):
+        assert load(tmp_path / "out" / folder).settings.source[folder]
+    assert load(tmp_path / "out" / "int8").settings.source["int8"]["pictures"] == 6
+
+
+@pytest.mark.slow
+def test_black_pictures_cannot_calibrate(tmp_path, capfd):
+    for number in range(12):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((300, 400, 3), np.uint8))
+    arguments = [SHAPES / "config.py", SHAPES / "shapes.pth", "--out", tmp_path / "out", "--int8", tmp_path]
+    assert export.main(list(map(str, arguments))) == 1  # the export itself is there
+    assert "the detector finds nothing above 0.3" in capfd.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(PAIR)
 
 
 @pytest.mark.slow
@@ -183,16 +236,16 @@ def detections(*rows):
 def test_detections_are_paired_one_to_one(capfd):
     """Two equal boxes are two detections; one of them twice is not the same."""
     twice = detections((1, 1, 5, 1, 0.9, 0), (1, 1, 5, 1, 0.8, 0))
-    assert len(export.pair_detections(twice, twice)[0].boxes) == 2
-    assert export.verify_detections("detections", twice, twice)
+    assert len(compare.pair_detections(twice, twice)[0].boxes) == 2
+    assert compare.verify_detections("detections", twice, twice)
     assert "2, the framework's own: 2, paired: 2" in capfd.readouterr().out
     other = detections((1, 1, 5, 1, 0.9, 0), (200, 1, 230, 30, 0.8, 0))
-    assert not export.verify_detections("detections", twice, other)
-    assert not export.verify_detections("detections", other, twice)
-    assert not export.verify_detections("detections", twice, twice.where([0]))
-    assert not export.verify_detections("detections", twice, twice._replace(labels=np.array([0, 1])))
-    assert not export.verify_detections("detections", twice, twice._replace(scores=np.float32([0.9, 0.7])))
-    assert export.verify_detections("detections", twice.where([]), twice.where([]))
+    assert not compare.verify_detections("detections", twice, other)
+    assert not compare.verify_detections("detections", other, twice)
+    assert not compare.verify_detections("detections", twice, twice.where([0]))
+    assert not compare.verify_detections("detections", twice, twice._replace(labels=np.array([0, 1])))
+    assert not compare.verify_detections("detections", twice, twice._replace(scores=np.float32([0.9, 0.7])))
+    assert compare.verify_detections("detections", twice.where([]), twice.where([]))
 
 
 @pytest.mark.parametrize(
@@ -581,7 +634,7 @@ def test_the_reference_reads_the_picture_itself(tmp_path, shapes_detector):
         found = mmdetection.reference(shapes_detector, picture)
     finally:
         del pipeline[0]["channel_order"]
-    assert not export.verify_detections("detections", found, expected)
+    assert not compare.verify_detections("detections", found, expected)
     assert shapes_detector.roi_head.test_cfg.score_thr == 0.05
 
 
@@ -659,3 +712,26 @@ def test_a_config_without_a_checkpoint():
     result = run_export(SHAPES / "config.py")
     assert result.returncode == 2
     assert "CONFIG and CHECKPOINT go together" in result.stderr
+
+
+def test_the_whole_detector_as_one_file(tmp_path, capfd):
+    arguments = [str(SHAPES / "config.py"), str(SHAPES / "shapes.pth"), "--out", str(tmp_path)]
+    assert export.main([*arguments, "--whole"]) == 0
+    out = capfd.readouterr().out
+    assert len(re.findall(r"^in one file(, with any score)?: .*with NumPy: .*True$", out, flags=re.MULTILINE)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["detector.onnx", *PAIR]
+    check_standard(onnx.load(str(tmp_path / "detector.onnx")))
+    assert export.main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)  # it was of the older networks
+
+
+def test_a_whole_detector_that_cannot_be_written_is_refused_at_once(tmp_path, capfd, monkeypatch):
+    soft = ["--cfg-options", "model.test_cfg.rcnn.nms.type=soft_nms", "--out", str(tmp_path), "--whole"]
+    assert export.main([str(SHAPES / "config.py"), str(SHAPES / "shapes.pth"), *soft]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("export.py: head.soft_min_score: Soft-NMS is no operator of ONNX")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(whole, "MISSING", ModuleNotFoundError("No module named 'onnxscript'"))
+    assert export.main([str(SHAPES / "config.py"), str(SHAPES / "shapes.pth"), "--whole"]) == 2
+    assert "--whole: No module named 'onnxscript': uv run --extra whole" in capfd.readouterr().err

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from conftest import MMDETECTION, ROOT, SHAPES, default_sigint
+from conftest import MMDETECTION, ROOT, SHAPES, default_sigint, draw_shapes
 
 from detectors import ModelError, load
 
@@ -80,6 +80,23 @@ def test_interrupted_the_old_pair_stays(old_pair, how, moment):
         assert process.returncode == 130
         assert stderr == "export.py: interrupted\n"
         assert sorted(path.name for path in old_pair.iterdir()) == list(PAIR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [".int8-*", ".int8-*/model1-3.npy", ".int8-*/*/prepared.onnx"])
+def test_interrupted_while_8_bits_are_made(tmp_path, moment):
+    """The export itself is there, whole, and nothing else is."""
+    draw_shapes(tmp_path / "pictures", range(12))
+    out = tmp_path / "out"
+    quiet = "sys.unraisablehook = lambda _: None"  # as the program does: tqdm complains if it is interrupted too early
+    process = start(f"{quiet}; {export_shapes(out, '--int8', str(tmp_path / 'pictures'))}")
+    wait_until(lambda: list(out.glob(moment)), process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "export.py: interrupted" in stderr.splitlines()  # among what is left of progress bars
+    assert sorted(path.name for path in out.iterdir()) == list(PAIR)
+    assert len(load(out).classes) == 6
 
 
 @pytest.mark.slow
