@@ -1,14 +1,15 @@
 """Find objects in pictures with an exported detector: two ONNX networks, and NumPy for everything else.
 
 python demo.py                      the bundled picture
-python demo.py PATH ...             pictures, folders or globs
+python demo.py PATH ...             pictures, folders, globs, videos, or camera:0
 
 Writes to the folder --out: the annotated pictures, detections.json (COCO's list of results) and pictures.json (the
-pictures it refers to). Of an animation, the first picture is taken. Exit status: 0 all well, 1 some pictures
-failed and the rest was done, 2 nothing could be done, 130 interrupted.
+pictures it refers to, or the frames). Of an animation, the first picture is taken. Exit status: 0 all well, 1 some
+pictures failed and the rest was done, 2 nothing could be done, 130 interrupted.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -18,13 +19,17 @@ from pathlib import Path
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported; 1.6 GB as float32
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised, and reported by us
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # so is what is wrong with a video
 
 try:
     import cv2
+    import numpy as np
     from tqdm import tqdm
 
     import pictures
+    import videos
     from detectors import BUNDLED, ModelError, default_folder, load, one_line
+    from videos import Video, VideoError
 except ImportError as error:  # --help works all the same
     MISSING = error
 else:
@@ -37,17 +42,21 @@ class Stopwatch:
     """Adds up the milliseconds of each stage of a detector; pass its `record` to the detector."""
 
     def __init__(self):
-        self.milliseconds, self.last = {}, None
+        self.milliseconds, self.first, self.last = {}, None, None
 
     def start(self):
         """Begin with another picture."""
-        self.last = time.perf_counter()
+        self.first = self.last = time.perf_counter()
 
     def record(self, stage, **arrays):
         """Count the time since the last stage as this one's."""
         now = time.perf_counter()
         self.milliseconds[stage] = self.milliseconds.get(stage, 0) + (now - self.last) * 1000
         self.last = now
+
+    def elapsed(self):
+        """Return the milliseconds that the last picture took."""
+        return (self.last - self.first) * 1000
 
     def summary(self, count):
         """Return the mean milliseconds of each stage as one line."""
@@ -63,45 +72,107 @@ def print_table(found, classes):
         print(f"{classes[label]:{width}}  {score:.3f} " + " ".join(f"{side:8.1f}" for side in box))
 
 
+def counts(found, classes):
+    """Return how many Detections of each class there are, as text."""
+    labels, numbers = np.unique(found.labels, return_counts=True)
+    return ", ".join(f"{number} {classes[label]}" for label, number in zip(labels, numbers)) or "nothing"
+
+
 def run(detector, files, args):
-    """Detect in every file and write what was found; return the number of files that failed."""
+    """Detect in every file and write what was found; return how many files failed, and how many pictures were done."""
     watch, images, results, taken, failures = Stopwatch(), [], [], set(), 0
-    category_ids = range(1, len(detector.classes) + 1)
+    category_ids, listed = range(1, len(detector.classes) + 1), pictures.coco_images(files)
+    frame_ids = itertools.count(1 + max((image["id"] or 0 for image in listed), default=0))
     try:
-        for file, image in zip(tqdm(files, unit="picture", disable=len(files) == 1), pictures.coco_images(files)):
+        for file, image in zip(tqdm(files, unit="picture", disable=len(files) == 1), listed):
+            annotate = annotate_video if videos.is_video(file) else annotate_picture
             try:
-                found, annotated, image["annotated"] = detect_and_draw(detector, file, taken, watch, args)
-            except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
+                for entry, found, annotated in annotate(detector, file, taken, watch, args):
+                    entry = {**image, **entry, "height": annotated.shape[0], "width": annotated.shape[1]}
+                    if annotate is annotate_video:
+                        entry["id"] = next(frame_ids)
+                    else:
+                        tell(file, found, detector.classes, watch, len(files) == 1)
+                    images.append(entry)
+                    results += pictures.coco_results(found, entry, detector.classes, category_ids)
+                    if args.show:
+                        show(annotated, annotate is annotate_picture)
+            except (ModelError, VideoError, OSError, ValueError, MemoryError, cv2.error) as error:
                 failures += 1
                 tqdm.write(f"demo.py: {pictures.printable(file)}: {one_line(error)}", file=sys.stderr)
-                continue
-            image["height"], image["width"] = annotated.shape[:2]
-            images.append(image)
-            results += pictures.coco_results(found, image, detector.classes, category_ids)
-            if len(files) == 1:
-                print(f"{pictures.printable(file)}: {len(found.boxes)} detections")
-                print_table(found, detector.classes)
-            if args.show:
-                show(annotated)
     finally:  # also when interrupted
         if images:
             write_results(args.out, images, results, zip(category_ids, detector.classes))
             print(watch.summary(len(images)))
-            drawn = args.out / (images[0]["annotated"] if len(files) == 1 else "*.png")
+            drawn = args.out / (images[0]["annotated"] if len(files) == 1 else "*")
             written = ", ".join(map(pictures.printable, [drawn, args.out / "detections.json"]))
             print(f"{len(images)} annotated, {len(results)} detections: {written}")
-    return failures
+    return failures, len(images)
 
 
-def detect_and_draw(detector, file, taken, watch, args):
-    """Detect in the picture of a file and write it annotated; return the confident Detections, the image, its name."""
-    image = pictures.read_picture(file)
+def tell(file, found, classes, watch, alone):
+    """Print what was found in a picture: a table if it is the only one, else a line."""
+    if alone:
+        print(f"{pictures.printable(file)}: {len(found.boxes)} detections")
+        print_table(found, classes)
+    else:
+        text = f"{counts(found, classes)} ({watch.elapsed():.0f} ms)"
+        tqdm.write(f"{pictures.printable(file)}: {text}", file=sys.stdout)
+
+
+def annotate_picture(detector, file, taken, watch, args):
+    """Detect in the picture of a file and write it annotated; yield its entry, its Detections, the annotated image."""
+    image, stages = pictures.read_picture(file), {}
+
+    def record(stage, **arrays):
+        watch.record(stage)
+        if args.save_stages:
+            stages.update({f"{stage}.{name}": np.asarray(array) for name, array in arrays.items()})
+
     watch.start()
-    found = detector(image, watch.record)
-    found = found.where(found.scores >= args.score_thr)
+    found = detector(image, record)
+    if args.save_stages:
+        pictures.save_stages(args.save_stages, stages)
+    found = chosen(found, detector.classes, args)
     annotated, name = pictures.draw(image, found, detector.classes), pictures.free_name(file, args.out, taken)
     pictures.write_file(args.out / name, pictures.annotated_png(annotated))
-    return found, annotated, name
+    yield {"annotated": name}, found, annotated
+
+
+def annotate_video(detector, file, taken, watch, args):
+    """Write a video, or what a camera sees, annotated; yield for each frame what annotate_picture does for a picture.
+
+    The next frames are read while the networks work. Interrupted, it closes the file, which plays as far as it goes.
+    """
+    video = Video(file)
+    name = pictures.free_name(file.replace(":", "_") if video.live else file, args.out, taken, ".mp4")
+    written = pictures.printable(args.out / name)
+    print(f"{pictures.printable(file)}: {video.rate:g} frames a second, to {written} ({videos.CODEC})")
+    total = -(-video.length // args.every) or None
+    with videos.Writer(args.out / name, video.rate / args.every) as writer:
+        for frame in tqdm(video.frames(args.every), total=total, unit="frame"):
+            watch.start()
+            found = chosen(detector(frame.image, watch.record), detector.classes, args)
+            annotated = pictures.draw(frame.image, found, detector.classes)
+            writer.write(annotated, frame.seconds if video.live else None)
+            yield {"annotated": name, "frame": frame.number, "seconds": round(frame.seconds, 3)}, found, annotated
+
+
+def chosen(found, classes, args):
+    """Return those of the Detections that are confident, and of the classes that were asked for."""
+    found = found.where(found.scores >= args.score_thr)
+    return (
+        found.where(np.isin(found.labels, chosen_labels(args.classes, classes))) if args.classes is not None else found
+    )
+
+
+def chosen_labels(names, classes):
+    """Return the positions of classes, given as "name,name", in their list; ModelError if there is no such class."""
+    names = [names] if names in classes else [name.strip() for name in names.split(",")]
+    missing = [name for name in names if name not in classes or not name]
+    if missing:
+        raise ModelError(f"--classes: the model has no class {missing[0]!r}; it has {', '.join(filter(None, classes))}")
+    return [label for label, name in enumerate(classes) if name in names]
 
 
 def write_results(out, images, results, categories):
@@ -112,10 +183,12 @@ def write_results(out, images, results, categories):
         pictures.write_file(out / name, json.dumps(content, indent=1).encode())
 
 
-def show(image, title="demo.py: any key for the next"):
-    """Show an image, always in the same window, until a key is pressed or the window is closed."""
+def show(image, wait):
+    """Show an image, always in the same window; `wait` until a key is pressed or the window is closed."""
+    title = "demo.py: any key for the next" if wait else "demo.py: Ctrl-C ends"
     cv2.imshow(title, image)
-    while cv2.waitKey(100) < 0 and cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) >= 1:
+    cv2.waitKey(1)
+    while wait and cv2.waitKey(100) < 0 and cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) >= 1:
         pass
 
 
@@ -142,7 +215,8 @@ def read_arguments(arguments):
         prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="a picture, a folder or a glob (default: the bundled picture)")
+    add("paths", nargs="*", metavar="PATH",
+        help="a picture, a folder, a glob, a video or camera:0 (default: the bundled picture)")  # fmt: skip
     add("--model", metavar="DIR", type=Path, default=None if MISSING else default_folder(),
         help="folder of an export (default: ckpt if it holds one, else the bundled ckpt/shapes)")  # fmt: skip
     add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the results (default: output)")
@@ -151,6 +225,19 @@ def read_arguments(arguments):
     add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[],
         type=None if MISSING else pictures.name_and_value,
         help="another value for a setting of the model, such as head.iou_threshold=0.6; may be repeated")  # fmt: skip
+    add("--recursive", action="store_true", help="also take what is in the folders of folders")
+    add(
+        "--every",
+        metavar="N",
+        type=None if MISSING else pictures.number_of("frames"),
+        default=1,
+        help="take every Nth frame of a video (default: 1)",
+    )
+    add("--classes", metavar="NAME[,NAME]", help="draw and write these classes only")
+    add("--save-stages", metavar="FILE.npz", type=Path,
+        help="of a single picture: save the arrays of every stage, for those who port and compare")  # fmt: skip
+    if not MISSING:
+        pictures.add_execution(add)
     add("--show", action="store_true", help="show each picture in a window until a key is pressed")
     args = parser.parse_args(arguments)
     if args.show and not can_show():
@@ -162,7 +249,7 @@ def main(arguments=None):
     """Run the command line; return the exit status."""
     args = read_arguments(arguments)
     try:
-        files, problems = pictures.find_pictures(args.paths or [str(PICTURE)])
+        files, problems = pictures.find_pictures(args.paths or [str(PICTURE)], args.recursive)
         for problem in problems:
             print(f"demo.py: {problem}", file=sys.stderr)
         originals = [file for file in files if not pictures.is_annotated(file)]
@@ -170,7 +257,11 @@ def main(arguments=None):
             print(f"demo.py: left out, annotated by an earlier run: {len(files) - len(originals)}", file=sys.stderr)
         if not originals:
             return 2
-        detector = load(args.model, args.options)
+        if args.save_stages:
+            pictures.check_save_stages(args.save_stages, originals)
+        detector = load(args.model, args.options, pictures.execution_of(args))
+        if args.classes is not None:
+            chosen_labels(args.classes, detector.classes)
         print(f"model: {args.model} ({sum(map(bool, detector.classes))} classes)")
         if args.paths and args.model.resolve() == BUNDLED:
             shapes = ", ".join(detector.classes)
@@ -178,7 +269,7 @@ def main(arguments=None):
             print("COCO's 80 classes: uv run --extra torchvision export.py torchvision:fasterrcnn_resnet50_fpn. "
                   "Your own export: --model DIR")  # fmt: skip
         args.out.mkdir(parents=True, exist_ok=True)
-        failures = run(detector, originals, args)
+        failures, done = run(detector, originals, args)
     except (ModelError, OSError) as error:
         print(f"demo.py: {one_line(error)}", file=sys.stderr)
         return 2
@@ -188,7 +279,7 @@ def main(arguments=None):
     finally:
         if args.show:
             cv2.destroyAllWindows()
-    if failures == len(originals):
+    if not done:
         return 2
     return 1 if failures or problems else 0
 

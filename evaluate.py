@@ -4,6 +4,7 @@ python evaluate.py ANNOTATIONS FOLDER                  detect in every picture t
 python evaluate.py ANNOTATIONS FOLDER --resume         go on after an interruption
 python evaluate.py ANNOTATIONS FOLDER --shard 3/16     only every sixteenth picture, from the third on
 python evaluate.py ANNOTATIONS FOLDER --merge          join the shards when all are done, and evaluate
+python evaluate.py ANNOTATIONS FOLDER --compare DIR    another export beside --model, such as its networks in 8 bits
 
 Writes detections.json, COCO's list of results, to the folder --out; until it is complete, a partial file beside it
 has a line for each picture. Exit status: 0 all well, 1 some pictures failed and the rest was evaluated, 2 nothing
@@ -35,7 +36,16 @@ from typing_extensions import Annotated  # noqa: E402
 from detectors import ModelError, default_folder, load, one_line  # noqa: E402
 from detectors.preprocess import preprocess  # noqa: E402
 from detectors.settings import write  # noqa: E402
-from pictures import coco_results, name_and_value, printable, read_picture, run_program, write_file  # noqa: E402
+from pictures import (  # noqa: E402
+    add_execution,
+    coco_results,
+    execution_of,
+    name_and_value,
+    printable,
+    read_picture,
+    run_program,
+    write_file,
+)
 
 try:
     from pycocotools.coco import COCO
@@ -44,6 +54,7 @@ try:
 except ImportError:
     COCO = None
 
+KINDS = {"bbox": "boxes", "segm": "masks"}
 READERS, PICTURES_AHEAD = 2, 4  # threads that read and preprocess, and how far they may be ahead of the networks
 
 
@@ -201,10 +212,8 @@ def read_partial(path, header):
     return records
 
 
-def open_partial(path, header, resume):
+def open_partial(path, header):
     """Return a partial file, open for more records, and the ids of the pictures that it has detections of."""
-    if path.exists() and not resume:
-        raise EvaluationError(f"{path} is left from an earlier run: go on with --resume, or delete it")
     records = read_partial(path, header).values() if path.exists() else []
     done = [record for record in records if "detections" in record]  # what failed is tried again
     write_file(path, "".join(json.dumps(line) + "\n" for line in [header, *done]).encode())
@@ -311,20 +320,39 @@ def print_class_precision(coco, evaluation):
         print(f"{coco.cats[category]['name']:{width}}  " + "  ".join(f"{average:.3f}" for average in averages))
 
 
+NUMBERS = (  # COCO's, in their order; AR 10: the recall of ten detections a picture
+    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
+    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
+)  # fmt: skip
+
+
+def print_comparison(kind, first, second):
+    """Print COCO's twelve numbers [12] of two exports, and by how much the second differs."""
+    print(f"{KINDS[kind]:9}  --model  --compare  difference")
+    for name, ours, theirs in zip(NUMBERS, first, second):
+        print(f"{name:9}  {ours:7.4f}  {theirs:9.4f}  {theirs - ours:+10.4f}")
+
+
 def report(coco, path, kinds, ids, per_class):
-    """Print the twelve numbers of the results in a file for each kind and, if wanted, a line for each class."""
+    """Print the twelve numbers of the results in a file for each kind and, if wanted, a line for each class.
+
+    Returns them, {kind: [12]}.
+    """
+    numbers = {}
     if coco.getAnnIds(catIds=ids):
         results = msgspec.json.decode(path.read_bytes())
         for kind in kinds:
             if len(kinds) > 1:
-                print({"bbox": "boxes:", "segm": "masks:"}[kind])
+                print(f"{KINDS[kind]}:")
             evaluation = evaluate(coco, results, kind, ids)
             evaluation.summarize()  # prints them
+            numbers[kind] = evaluation.stats
             if per_class:
                 print_class_precision(coco, evaluation)
     else:
         print("the annotation file has no annotations of the model's classes, so there is nothing to measure")
     print(f"written: {path}")
+    return numbers
 
 
 # ---------------------------------------------------------------------- the command line
@@ -356,6 +384,9 @@ def read_arguments(arguments):
     )
     add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[], type=name_and_value,
         help="another value for a setting of the model, such as head.iou_threshold=0.6; may be repeated")  # fmt: skip
+    add_execution(add)
+    add("--compare", metavar="DIR", type=Path,
+        help="folder of another export: evaluate it, too, and print both; its results: --out/compared")  # fmt: skip
     add("--per-class", action="store_true", help="print the average precision of each class, too")
     add("--resume", action="store_true", help="go on with the run whose partial file is in --out, if there is one")
     parts = parser.add_mutually_exclusive_group()
@@ -366,41 +397,72 @@ def read_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def run(args):
-    """Do what the command line says; return the exit status."""
-    coco = read_annotations(args.annotations)
-    if not args.folder.is_dir():
-        raise EvaluationError(f"{args.folder} is not a folder")
+def partial_name(args):
+    """Return the name of the partial file."""
+    return "detections.{}-of-{}.jsonl".format(*args.shard)
+
+
+def exports_of(args):
+    """Return the folders of the exports to evaluate, each with the folder for its results."""
+    compared = [(args.compare, args.out / "compared")] if args.compare else []
+    return [(args.model, args.out), *compared]
+
+
+def evaluate_model(args, coco, model, out):
+    """Detect with the export in a folder and evaluate; return how many pictures failed, and the numbers, {kind: [12]}.
+
+    Of a shard there are none: {}.
+    """
     images = [coco.imgs[image_id] for image_id in sorted(coco.imgs)]
-    detector = load(args.model, args.options)
+    detector = load(model, args.options, execution_of(args))
     ids, kinds = category_ids(coco, detector.classes), kinds_of(coco, detector.settings)
-    print(f"model: {args.model} ({len(ids)} classes), {len(images)} pictures in {args.annotations}")
+    print(f"model: {model} ({len(ids)} classes), {len(images)} pictures in {args.annotations}")
     if len(coco.cats) > len(ids):
         print(f"{len(coco.cats) - len(ids)} categories that the model does not know are left out")
     header = describe_run(detector.settings, args.annotations, args.folder)
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     shard, shards = args.shard
-    path = args.out / f"detections.{shard}-of-{shards}.jsonl"
+    path = out / partial_name(args)
     if not args.merge:
-        partial, done = open_partial(path, header, args.resume)
+        partial, done = open_partial(path, header)
         with partial:
             detect_all(detector, ids, images[shard - 1 :: shards], done, args.folder, partial)
     if shards > 1:
         records = read_partial(path, header)
         if any(image["id"] not in records for image in images[shard - 1 :: shards]):
             raise EvaluationError(f"{path} lacks pictures: did two processes write it at once? Go on with --resume")
-        failures = sum("error" in record for record in records.values())
         print(f"shard {shard}/{shards}: {path}; when all shards are done, evaluate with --merge")
-    else:
-        paths = sorted(args.out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
-        known = list(ids.values())
-        failures = merge(paths, header, images, args.out, may_be_empty=not coco.getAnnIds(catIds=known))
-        report(coco, args.out / "detections.json", kinds, known, args.per_class)
-        if path.exists() and not failures:  # with it, --resume tries only the failed ones again
-            path.unlink()
+        return sum("error" in record for record in records.values()), {}
+    paths = sorted(out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
+    known = list(ids.values())
+    failures = merge(paths, header, images, out, may_be_empty=not coco.getAnnIds(catIds=known))
+    return failures, report(coco, out / "detections.json", kinds, known, args.per_class)
+
+
+def run(args):
+    """Do what the command line says; return the exit status."""
+    coco = read_annotations(args.annotations)
+    if not args.folder.is_dir():
+        raise EvaluationError(f"{args.folder} is not a folder")
+    for _, out in exports_of(args):
+        path = out / partial_name(args)
+        if path.exists() and not (args.resume or args.merge):
+            raise EvaluationError(f"{path} is left from an earlier run: go on with --resume, or delete it")
+    if args.compare:  # what is wrong with it is said before the first one runs for hours
+        category_ids(coco, load(args.compare, args.options, execution_of(args)).classes)
+    failures, numbers = evaluate_model(args, coco, args.model, args.out)
+    if args.compare:
+        more, others = evaluate_model(args, coco, *exports_of(args)[1])
+        failures = max(failures, more)
+        for kind in [kind for kind in numbers if kind in others]:
+            print_comparison(kind, numbers[kind], others[kind])
     if failures:
         print(f"evaluate.py: {failures} pictures failed; they count as empty", file=sys.stderr)
-    return 1 if failures else 0
+        return 1
+    if args.shard == (1, 1):  # with partial files, --resume tries only the failed ones again
+        for _, out in exports_of(args):
+            (out / partial_name(args)).unlink(missing_ok=True)
+    return 0
 
 
 def main(arguments=None):

@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import io
 import os
 import secrets
 import struct
@@ -12,7 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from detectors import rle
+import videos
+from detectors import Execution, ModelError, rle
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of what is taken from a folder
 MARK = b"Software\0faster-rcnn-onnx"  # in every annotated picture, so that none is taken for an input later
@@ -36,18 +38,22 @@ def is_annotated(path):
         return False
 
 
-def pictures_in(folder):
+def pictures_in(folder, recursive=False):
     """Return the pictures in a folder, sorted; what is not a regular file, such as a pipe, is left out."""
-    named = sorted(str(path) for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = Path(folder).rglob("*") if recursive else Path(folder).iterdir()
+    named = sorted(str(path) for path in paths if path.suffix.lower() in SUFFIXES)
     return [path for path in named if os.path.isfile(path) or not os.path.exists(path)]
 
 
-def find_pictures(paths):
-    """Return the files that the paths (pictures, folders, globs) name, in order, and a line for each that has none."""
+def find_pictures(paths, recursive=False):
+    """Return the files that the paths (pictures, folders, globs) name, in order, and a line for each that has none.
+
+    With `recursive`, also what is in the folders of folders.
+    """
     files, problems = [], []
     for path in paths:
         for match in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]:
-            if os.path.isfile(match):
+            if os.path.isfile(match) or videos.is_camera(match):
                 files.append(match)
                 continue
             found = []
@@ -56,7 +62,7 @@ def find_pictures(paths):
             elif not os.access(match, os.R_OK | os.X_OK):
                 problem = "this folder may not be read"
             else:
-                found, problem = pictures_in(match), "no pictures in this folder"
+                found, problem = pictures_in(match, recursive), "no pictures in this folder"
             files += found
             if not found:
                 problems.append(f"{printable(match)}: {problem}")
@@ -88,17 +94,24 @@ def read_picture(path):
 
 
 def coco_images(files):
-    """Return an entry of COCO's list of images for each file: an id and a file name of its own.
+    """Return an entry of COCO's list of images for each file: an id (None of a video) and a file name of its own.
 
     The id is the number that the file is named after, as in COCO's own data, if that makes all ids different; else
     they count from 1. The file name is the path from the folder that holds all files.
     """
-    stems = [Path(file).stem for file in files]
+    stems = [Path(file).stem for file in files if not videos.is_video(file)]
     ids = [int(stem) if stem.isdecimal() and len(stem) < 19 else None for stem in stems]  # 64 bits hold 18 digits
     if None in ids or len(set(ids)) < len(ids):
         ids = range(1, len(files) + 1)
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    return [{"id": i, "file_name": os.path.relpath(os.path.abspath(file), root)} for i, file in zip(ids, files)]
+    ids, named = iter(ids), [file for file in files if not videos.is_camera(file)]
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in named]) if named else ""
+    return [
+        {
+            "id": None if videos.is_video(file) else next(ids),
+            "file_name": file if videos.is_camera(file) else os.path.relpath(os.path.abspath(file), root),
+        }
+        for file in files
+    ]
 
 
 def coco_results(found, image, classes, category_ids):
@@ -189,16 +202,16 @@ def annotated_png(image):
     return png[:33] + chunk + png[33:]  # behind the signature and the header
 
 
-def free_name(file, out, taken):
-    """Return a name for the annotated picture of a file in the folder `out`, and add it to those that are taken.
+def free_name(file, out, taken, suffix=".png"):
+    """Return a name for the annotated version of a file in the folder `out`, and add it to those that are taken.
 
     Nothing is overwritten there but annotated pictures of earlier runs.
     """
     stem, number = Path(file).stem, 1
-    name = f"{stem}.png"
+    name = f"{stem}{suffix}"
     while name in taken or (os.path.lexists(out / name) and not is_annotated(out / name)):
         number += 1
-        name = f"{stem}_{number}.png"
+        name = f"{stem}_{number}{suffix}"
     taken.add(name)
     return name
 
@@ -214,6 +227,26 @@ def write_file(path, data):
         partial.unlink(missing_ok=True)
 
 
+def check_save_stages(path, files):
+    """Refuse a file for the stages that cannot be, or that is none of ours: ModelError."""
+    if len(files) > 1 or videos.is_video(files[0]):
+        raise ModelError(f"--save-stages: name one picture, not {'a video' if len(files) == 1 else len(files)}")
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise ModelError(f"--save-stages {printable(path)}: name an .npz file in a folder that is there")
+
+
+def save_stages(path, stages):
+    """Save the arrays of every stage to an .npz file, "stage.name" each; masks as [d, h, w] of booleans."""
+    arrays = dict(stages)
+    if "paste.masks" in arrays:
+        size = arrays["preprocess.original_size"]
+        arrays["paste.masks"] = np.array([rle.decode(mask) for mask in arrays["paste.masks"]], bool).reshape(-1, *size)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_file(path, buffer.getvalue())
+    print(f"{len(arrays)} arrays: {printable(path)}")
+
+
 # ---------------------------------------------------------------------- start and end of a program
 
 
@@ -223,6 +256,40 @@ def name_and_value(text):
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name.strip(), value.strip()
+
+
+def number_of(things, most=10**6):
+    """Return a function that reads a number of things, 1 or more, from a command line."""
+
+    def read(text):
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {things}, 1 to {most}")
+        return int(text)
+
+    return read
+
+
+def add_execution(add):
+    """Add the options that say on what a detector runs to those of a program; see execution_of."""
+    add("--provider", metavar="NAME[,NAME]", dest="providers",
+        help="run on another execution provider of onnxruntime, such as CUDA; the CPU does what it cannot")  # fmt: skip
+    add("--provider-option", metavar="KEY=VALUE", dest="provider_options", action="append", default=[],
+        type=name_and_value, help="an option of the first provider, such as device_id=1; may be repeated")  # fmt: skip
+    add(
+        "--threads",
+        metavar="N",
+        type=number_of("threads", 1024),
+        default=0,
+        help="of the CPU (default: as many as it has cores)",
+    )
+
+
+def execution_of(args):
+    """Return the Execution that the options of add_execution ask for."""
+    names = () if args.providers is None else tuple(name.strip() for name in args.providers.split(","))
+    if args.provider_options and not names:
+        raise ModelError("--provider-option: name the --provider that it is for")
+    return Execution(names, dict(args.provider_options), args.threads)
 
 
 def run_program(main):

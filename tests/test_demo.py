@@ -425,7 +425,7 @@ def deploy(folder):
     """Copy what runs an export, and an export, into a folder."""
     folder.mkdir()
     (folder / "detectors").mkdir()
-    files = ["demo.py", "postprocess.py", "pictures.py"]
+    files = ["demo.py", "postprocess.py", "pictures.py", "videos.py"]
     files += [path.relative_to(ROOT) for path in (ROOT / "detectors").glob("*.py")]
     for file in files:
         (folder / file).write_bytes((ROOT / file).read_bytes())
@@ -508,11 +508,138 @@ def test_imports_change_nothing_and_need_no_framework():
     assert imported(["cv2", "msgspec", "numpy", "onnxruntime"], modules) == ["True"]
 
 
+def test_importing_the_graphs_changes_nothing_and_brings_no_framework():
+    pytest.importorskip("onnxscript", reason="needs onnxscript: uv run --extra test pytest")
+    assert imported(["cv2", "msgspec", "onnxruntime", "onnxscript"], ["compare", *modules_in("graphs")]) == ["True"]
+
+
 def test_importing_the_sources_changes_nothing():
     pytest.importorskip("mmdet", reason=MMDETECTION)
     libraries = ["cv2", "msgspec", "onnxruntime", "torchvision", "mmcv.ops", "mmdet.apis", "mmdet.models"]
     result = imported(libraries, modules_in("sources"))
     assert result == ["True", "mmcv", "mmdet", "torch", "torchvision"]
+
+
+# ------------------------------------------------------------------ everyday use
+
+
+def test_folders_of_folders(tmp_path):
+    for name in ("a.png", "b/c.png", "b/d/a.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_picture(tmp_path / "in" / name)
+    (tmp_path / "in" / "b" / "words.txt").write_text("no picture")
+    arguments = [tmp_path / "in", "--out", tmp_path / "out", "--model", SHAPES]
+    assert call_demo(*arguments).returncode == 0
+    assert names_in(tmp_path / "out") == {"a.png"}
+    result = call_demo(*arguments, "--recursive")
+    assert result.returncode == 0, result.stderr
+    assert names_in(tmp_path / "out") == {"a.png", "a_2.png", "c.png"}
+    lines = [line for line in result.stdout.splitlines() if line.endswith(" ms)")]
+    assert [line.split(": ")[0] for line in lines] == [
+        str(tmp_path / "in" / n) for n in ("a.png", "b/c.png", "b/d/a.png")
+    ]
+
+
+def test_a_line_for_each_picture(tmp_path):
+    pictures = [write_picture(tmp_path / "in" / "shapes.png", 303, 489), tmp_path / "in" / "black.png"]
+    cv2.imwrite(str(pictures[1]), np.zeros((100, 200, 3), np.uint8))
+    result = call_demo(*pictures, "--out", tmp_path / "out", "--model", SHAPES, "--score-thr", "0.9")
+    lines = [line.rpartition(" (")[0] for line in result.stdout.splitlines() if line.endswith(" ms)")]
+    assert lines == [
+        f"{pictures[0]}: 3 circle, 2 triangle, 4 square, 1 star, 1 crescent",
+        f"{pictures[1]}: nothing",
+    ]
+
+
+def test_some_classes_only(tmp_path):
+    arguments = [PICTURE, "--out", tmp_path, "--model", SHAPES, "--score-thr", "0.9", "--classes"]
+    assert call_demo(*arguments, "star, circle").returncode == 0
+    entries, _ = read_results(tmp_path)
+    assert [entry["category"] for entry in entries].count("circle") == 3
+    assert {entry["category"] for entry in entries} == {"star", "circle"}
+    wrong = call_demo(*arguments, "circle,dog")
+    assert wrong.returncode == 2
+    assert_one_line(wrong.stderr, "no class 'dog'", "it has circle, triangle")
+    assert_one_line(call_demo(*arguments, "circle,").stderr, "no class ''")
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes_mask", "shapes_atss"])
+def test_the_arrays_of_every_stage_are_saved(tmp_path, name):
+    from detectors import load, rle
+
+    result = call_demo(PICTURE, "--out", tmp_path, "--model", SHAPES.parent / name, "--save-stages", tmp_path / "s.npz")
+    assert result.returncode == 0, result.stderr
+    assert f"arrays: {tmp_path / 's.npz'}" in result.stdout
+    stages = {}
+    load(SHAPES.parent / name)(cv2.imread(str(PICTURE)), lambda stage, **arrays: stages.update({stage: arrays}))
+    saved = np.load(tmp_path / "s.npz")  # refuses what would have to be unpickled
+    assert set(saved) == {f"{stage}.{key}" for stage, arrays in stages.items() for key in arrays}
+    nothing = ["--set", "head.score_threshold=0.9999999"]
+    assert call_demo(PICTURE, "--out", tmp_path, "--model", SHAPES.parent / name, "--save-stages",
+                     tmp_path / "none.npz", *nothing).returncode == 0  # fmt: skip
+    masks = dict(np.load(tmp_path / "none.npz")).get("paste.masks")
+    assert masks is None or (masks.shape, masks.dtype) == ((0, 303, 489), bool)
+    for key in saved:
+        stage, _, array = key.partition(".")
+        expected = stages[stage][array]
+        if key == "paste.masks":
+            expected = [rle.decode(mask) for mask in expected]
+        np.testing.assert_array_equal(saved[key], expected)
+
+
+def test_stages_are_those_of_one_picture(tmp_path):
+    pictures = [write_picture(tmp_path / name) for name in ("a.png", "b.png")]
+    result = call_demo(*pictures, "--out", tmp_path / "out", "--save-stages", tmp_path / "stages.npz")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "--save-stages: name one picture, not 2")
+    before = pictures[0].read_bytes()
+    for path in (tmp_path / "no" / "stages.npz", pictures[0]):
+        result = call_demo(pictures[0], "--out", tmp_path / "out", "--save-stages", path)
+        assert result.returncode == 2
+        assert_one_line(result.stderr, f"--save-stages {path}: name an .npz file in a folder that is there")
+    assert pictures[0].read_bytes() == before
+    (tmp_path / "clip.mp4").write_text("whatever")
+    result = call_demo(tmp_path / "clip.mp4", "--out", tmp_path / "out", "--save-stages", tmp_path / "stages.npz")
+    assert_one_line(result.stderr, "--save-stages: name one picture, not a video")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_the_execution_provider_that_is_asked_for(tmp_path, picture, monkeypatch):
+    import onnxruntime
+
+    from detectors import Execution, ModelError, load
+
+    available = [name for name in onnxruntime.get_available_providers() if name != "CPUExecutionProvider"]
+    for name in available:
+        session = load(SHAPES, execution=Execution((name,))).networks["model2.onnx"].session
+        assert session.get_providers() == [name, "CPUExecutionProvider"]
+    session = load(SHAPES, execution=Execution(("cpu",), {}, 1)).networks["model1.onnx"].session
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert session.get_session_options().intra_op_num_threads == 1
+    assert load(SHAPES).networks["model1.onnx"].session.get_session_options().intra_op_num_threads == 0
+    assert call_demo(picture, "--out", tmp_path / "out", "--provider", ",").returncode == 2
+    missing = call_demo(picture, "--out", tmp_path / "out", "--provider", "Moon,CPU")
+    assert missing.returncode == 2
+    assert_one_line(missing.stderr, "--provider Moon: this onnxruntime has only", "cpu")
+    with monkeypatch.context() as patch:  # installed, but onnxruntime cannot start it: it would only warn
+        patch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        with pytest.raises(ModelError, match="--provider CUDAExecutionProvider: it cannot run .*model1.onnx here"):
+            load(SHAPES, execution=Execution(("cuda",)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threads", "0"], ["0 is not a number of threads"]),
+        (["--threads", "many"], ["many is not a number of threads"]),
+        (["--provider-option", "device_id"], ["is not NAME=VALUE"]),
+        (["--provider-option", "device_id=1"], ["name the --provider that it is for"]),
+    ],
+)
+def test_how_it_runs_is_checked(tmp_path, picture, arguments, words):
+    result = call_demo(picture, "--out", tmp_path / "out", *arguments)
+    assert result.returncode == 2
+    assert all(word in result.stderr.splitlines()[-1] for word in words)
 
 
 # ------------------------------------------------------------------ pipes and closed files

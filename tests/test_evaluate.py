@@ -126,24 +126,73 @@ def mmdetection_evaluation(detector, pictures, monkeypatch, kinds=("bbox",)):
 
 
 @pytest.mark.slow
-def test_the_twelve_numbers_are_mmdetections(shapes_detector, many_pictures, tmp_path, monkeypatch, capsys):
-    status = evaluate.main(
-        [str(many_pictures / "val.json"), str(many_pictures / "val"), "--out", str(tmp_path), "--model", str(SHAPES)]
-    )
-    assert status == 0
-    printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " @[ " in line]
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("shapes", 1e-4), ("shapes_atss", 1.5e-4)],  # one small shape at one of ten thresholds of IoU is 1.02e-4
+)
+def test_the_twelve_numbers_are_mmdetections(
+    mmdetection, name, tolerance, many_pictures, tmp_path, monkeypatch, capsys
+):
+    folder = SHAPES.parent / name
+    arguments = [many_pictures / "val.json", many_pictures / "val", "--out", tmp_path, "--model", folder]
+    assert evaluate.main(list(map(str, arguments))) == 0
+    printed = numbers_in(capsys.readouterr().out)
     results = json.loads((tmp_path / "detections.json").read_text())
     ours = evaluate.evaluate(evaluate.read_annotations(many_pictures / "val.json"), results, "bbox", IDS)
     ours.summarize()
-    (expected,) = mmdetection_evaluation(shapes_detector, many_pictures, monkeypatch)
+    detector = mmdetection.load_detector(folder / "config.py", folder / f"{name}.pth")
+    (expected,) = mmdetection_evaluation(detector, many_pictures, monkeypatch)
     assert len(ours.stats) == len(expected.stats) == 12
-    np.testing.assert_allclose(ours.stats, expected.stats, atol=1e-4)
+    np.testing.assert_allclose(ours.stats, expected.stats, atol=tolerance)
     np.testing.assert_allclose(printed, expected.stats, atol=6e-4)
     assert 0.7 < expected.stats[0] < 0.9
     averages = np.array(list(evaluate.class_precision(ours).values()))
     precision = expected.eval["precision"][:, :, :, 0, -1]
-    np.testing.assert_allclose(averages[:, 0], precision.mean(axis=(0, 1)), atol=1e-4)
-    np.testing.assert_allclose(averages[:, 1], precision[0].mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(averages[:, 0], precision.mean(axis=(0, 1)), atol=tolerance)
+    np.testing.assert_allclose(averages[:, 1], precision[0].mean(axis=0), atol=tolerance)
+
+
+def numbers_in(text):
+    """Return COCO's numbers in what evaluate.py printed, in their order."""
+    return [float(line.split()[-1]) for line in text.splitlines() if " @[ " in line]
+
+
+def test_two_exports_side_by_side(few, whole):
+    arguments, out = few
+    result = run_evaluate(*arguments, "--compare", SHAPES.parent / "shapes_atss")
+    assert result.returncode == 0, result.stderr
+    printed = numbers_in(result.stdout)
+    assert printed[:12] == numbers_in(whole[0])
+    rows = np.float64([line.rsplit(None, 3)[1:] for line in result.stdout.splitlines()[-12:]])
+    np.testing.assert_allclose(rows[:, 0], printed[:12], atol=6e-4)
+    np.testing.assert_allclose(rows[:, 1], printed[12:], atol=6e-4)
+    np.testing.assert_allclose(rows[:, 2], rows[:, 1] - rows[:, 0], atol=1.1e-4)
+    assert np.abs(rows[:, 2]).max() > 1e-3
+    assert (out / "detections.json").read_bytes() == whole[1] != (out / "compared" / "detections.json").read_bytes()
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(few, monkeypatch):
+    """What the first export found is not found again."""
+    arguments, out = [*few[0], "--compare", SHAPES.parent / "shapes_atss"], few[1]
+    detect_all, runs = evaluate.detect_all, []
+
+    def interrupted(detector, ids, images, done, *others):
+        runs.append(len(images) - len(done))
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        detect_all(detector, ids, images, done, *others)
+
+    monkeypatch.setattr(evaluate, "detect_all", interrupted)
+    assert run_evaluate(*arguments).returncode == 130
+    result = run_evaluate(*arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert runs == [12, 12, 0, 12]
+    assert not list(out.rglob("*.jsonl"))
+
+
+def test_a_comparison_with_nothing_is_refused_at_once(few, tmp_path):
+    assert_refused(run_evaluate(*few[0], "--compare", tmp_path / "nothing"), "nothing", "does not exist")
+    assert not few[1].exists()
 
 
 def test_a_class_without_objects_has_no_precision(pictures, whole, tmp_path):
@@ -161,7 +210,7 @@ def test_the_numbers_of_masks_are_mmdetections(mmdetection, many_pictures, tmp_p
     folder, kinds = SHAPES.parent / "shapes_mask", ("bbox", "segm")
     arguments = [many_pictures / "val.json", many_pictures / "val", "--out", tmp_path, "--model", folder]
     assert evaluate.main(list(map(str, arguments))) == 0
-    printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " @[ " in line]
+    printed = numbers_in(capsys.readouterr().out)
     detector = mmdetection.load_detector(folder / "config.py", folder / "shapes_mask.pth")
     expected = mmdetection_evaluation(detector, many_pictures, monkeypatch, kinds)
     results = json.loads((tmp_path / "detections.json").read_text())

@@ -1,0 +1,171 @@
+"""Videos and cameras: frames come in, annotated frames go out."""
+
+import contextlib
+import os
+import queue
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
+AHEAD = 4  # frames that are read while the networks work on another
+CODEC = "mp4v"  # MPEG-4 part 2, the one that every OpenCV can write
+
+
+class VideoError(Exception):
+    """A video cannot be read or written; the message says why."""
+
+
+class Frame(NamedTuple):
+    """A frame of a video."""
+
+    number: int  # the first one is 0
+    seconds: float  # from the beginning
+    image: np.ndarray  # [h, w, 3] uint8, BGR
+
+
+def is_camera(path):
+    """Return whether a name on the command line is a camera's, such as camera:0."""
+    kind, _, number = str(path).partition(":")
+    return kind == "camera" and number.isdecimal() and len(number) < 4
+
+
+def is_video(path):
+    """Return whether a name on the command line is a video's or a camera's."""
+    return is_camera(path) or Path(path).suffix.lower() in SUFFIXES
+
+
+def for_opencv(path):
+    """Return a path as OpenCV takes it: a colon in a relative one means a protocol, bad UTF-8 would end the process."""
+    path = os.path.abspath(path)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise VideoError("its name is not UTF-8: give it another one") from error
+    return path
+
+
+def empty(waiting):
+    """Take everything out of a queue."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()
+
+
+class Video:
+    """A video, or a camera, that has been opened; `length` is how many frames it says that it has, 0 if it does not."""
+
+    def __init__(self, path):
+        self.live, self.count, self.error = is_camera(path), 0, None  # count: of the frames that were there
+        self.capture = cv2.VideoCapture(int(str(path).partition(":")[2]) if self.live else for_opencv(path))
+        if not self.capture.isOpened():
+            raise VideoError("no such camera" if self.live else "not a video that OpenCV can read")
+        rate = self.capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate <= 1000 else 25.0
+        self.length = 0 if self.live else max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+    def frames(self, every=1):
+        """Yield every so many Frames; a thread reads ahead. At the end, or when nobody wants more, it is closed.
+
+        VideoError if there is no frame, or if a camera stops, or a video ends too early.
+        """
+        waiting, stop = queue.Queue(AHEAD), threading.Event()
+        reader = threading.Thread(target=self.read, args=(waiting, stop, every), daemon=True)
+        reader.start()
+        try:
+            while True:
+                frame = waiting.get()
+                if frame is None:
+                    break
+                yield frame
+        finally:
+            stop.set()
+            empty(waiting)  # so that the thread does not wait for a place
+            reader.join()
+            self.capture.release()
+        self.check_end()
+
+    def read(self, waiting, stop, every):
+        """Put every so many Frames into a queue, and None behind the last one. Of a camera, the latest one waits."""
+        start = time.monotonic()
+        try:
+            while not stop.is_set() and self.capture.grab():
+                if self.count % every == 0:
+                    good, image = self.capture.retrieve()
+                    if not good:
+                        break
+                    if self.live:
+                        empty(waiting)
+                    seconds = time.monotonic() - start if self.live else self.count / self.rate
+                    waiting.put(Frame(self.count, seconds, image))
+                self.count += 1
+        except (cv2.error, MemoryError) as error:
+            self.error = error
+        finally:
+            waiting.put(None)
+
+    def check_end(self):
+        """Refuse an end that is none: VideoError."""
+        if self.error:
+            raise VideoError(
+                f"it cannot be read after {self.count} frames: {type(self.error).__name__}"
+            ) from self.error
+        if self.count == 0:
+            raise VideoError("no frame could be read")
+        if self.live:
+            raise VideoError(f"it stopped after {self.count} frames: what there is was written")
+        if self.count < self.length - max(2, self.length // 100):  # some containers only estimate it
+            raise VideoError(f"it ends after {self.count} of {self.length} frames: what there is was written")
+
+
+class Writer:
+    """Writes frames to an .mp4 file, which has its name only once it is whole; use it in a `with` statement."""
+
+    def __init__(self, path, rate):
+        self.path, self.rate, self.writer, self.count = path, max(1.0, rate), None, 0
+        self.partial = path.parent / f".{secrets.token_hex(8)}.partial.mp4"
+
+    def __enter__(self):
+        return self
+
+    def open(self, height, width):
+        """Open the file for frames of this size."""
+        code = cv2.VideoWriter_fourcc(*CODEC)
+        writer = cv2.VideoWriter(for_opencv(self.partial), code, self.rate, (width, height))
+        if not writer.isOpened():
+            raise VideoError(f"OpenCV cannot write {width} x {height} pixels as {CODEC} to {self.path.parent}")
+        self.writer, self.size = writer, (width, height)
+
+    def write(self, image, seconds=None):
+        """Add a frame; `seconds`: when it was seen, so that the one before it is repeated until then."""
+        height, width = image.shape[:2]
+        # The codec wants even sides.
+        image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        if self.writer is None:
+            self.open(*image.shape[:2])
+        if image.shape[1::-1] != self.size:
+            image = cv2.resize(image, self.size)
+        while seconds is not None and 0 < self.count < round(seconds * self.rate):
+            self.add(self.last)
+        self.add(image)
+
+    def add(self, image):
+        """Write a frame of the right size."""
+        self.writer.write(image)
+        self.last, self.count = image, self.count + 1
+
+    def __exit__(self, *error):
+        try:
+            if self.writer is not None:
+                self.writer.release()  # also when it was interrupted: what is there plays
+                written = cv2.VideoCapture(for_opencv(self.partial))
+                if not written.isOpened() or int(written.get(cv2.CAP_PROP_FRAME_COUNT)) != self.count:
+                    raise VideoError(f"{self.path} could not be written whole: is the disk full?")
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
