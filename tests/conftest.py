@@ -25,12 +25,23 @@ TABLES = defaultdict(list)  # title -> rows of cells, printed when all tests are
 
 
 def pytest_addoption(parser):
-    """Add --all to pytest's options."""
-    parser.addoption("--all", action="store_true", help="also try the configs that compute the same as another")
+    """Add options to pytest's."""
+    add = parser.addoption
+    add("--all", action="store_true", help="also try the configs that compute the same as another")
+    add("--write-passed", metavar="FILE", help="add the tests that pass to a file")
+    add("--leave-out", metavar="FILE", help="leave out those that an earlier run wrote with --write-passed")
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Print the tables that the tests filled, and the peak of memory."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that passed in an earlier run."""
+    if config.getoption("--leave-out"):
+        passed = {*Path(config.getoption("--leave-out")).read_text(encoding="utf-8").splitlines()}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the tables that the tests filled, and the peak of memory; write which tests passed."""
     for title, rows in TABLES.items():
         terminalreporter.section(title)
         widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
@@ -39,6 +50,9 @@ def pytest_terminal_summary(terminalreporter):
     if TABLES:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
         terminalreporter.write_line(f"peak memory of the tests: {peak:.1f} GiB")
+    if config.getoption("--write-passed"):
+        with open(config.getoption("--write-passed"), "a", encoding="utf-8") as file:
+            file.writelines(f"{report.nodeid}\n" for report in terminalreporter.stats.get("passed", []))
 
 
 def default_sigint():
@@ -144,3 +158,15 @@ def coco_pair(tmp_path_factory, coco_source):
     folder = tmp_path_factory.mktemp("coco_pair")
     export.write_networks(coco_source, folder, opset=13)
     return folder
+
+
+def draw_shapes(folder, seeds):
+    """Draw a picture of shapes for each seed; return their paths."""
+    import cv2
+    import dataset
+
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{seed}.png" for seed in seeds]
+    for path, seed in zip(paths, seeds):
+        cv2.imwrite(str(path), dataset.draw_picture(seed)[0])
+    return paths

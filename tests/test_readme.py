@@ -6,7 +6,8 @@ import textwrap
 import pytest
 from conftest import ROOT
 
-TEXTS = ["README.md", "README.zh-CN.md", "DETECTORS.md", "ckpt/shapes/README.md", "ckpt/shapes_mask/README.md"]
+TEXTS = ["README.md", "README.zh-CN.md", "DETECTORS.md", "ckpt/shapes/README.md", "ckpt/shapes_mask/README.md",
+         "ckpt/shapes_atss/README.md"]  # fmt: skip
 READMES = TEXTS[:2]
 
 

@@ -18,10 +18,11 @@ mmdet = pytest.importorskip("mmdet", reason=MMDETECTION)
 
 import mmcv  # noqa: E402
 import seeded_mmdetection  # noqa: E402
-from boxes import assert_equal_detections  # noqa: E402
+from boxes import assert_equal_detections, with_second_chance  # noqa: E402
 from zoo import what_is_computed  # noqa: E402
 
 import export  # noqa: E402
+from compare import verify_detections  # noqa: E402
 from sources import mmdetection  # noqa: E402
 
 SHIPPED = sorted((Path(mmdet.__file__).parent / ".mim" / "configs" / "faster_rcnn").glob("faster_rcnn_*.py"))
@@ -114,7 +115,6 @@ FAMILIES = [  # Faster R-CNN elsewhere in MMDetection's configs
     "cityscapes/faster_rcnn_r50_fpn_1x_cityscapes",
     "dynamic_rcnn/dynamic_rcnn_r50_fpn_1x_coco",
     "empirical_attention/faster_rcnn_r50_fpn_attention_1111_1x_coco",
-    "fpg/faster_rcnn_r50_fpg-chn128_crop640_50e_coco",
     "gn+ws/faster_rcnn_r50_fpn_gn_ws-all_1x_coco",
     "libra_rcnn/libra_faster_rcnn_r50_fpn_1x_coco",
     "tridentnet/tridentnet_r50_caffe_1x_coco",
@@ -199,6 +199,7 @@ COMBINED = {  # parts that MMDetection ships with other detectors, in the R50-FP
         "model.backbone": {"_delete_": True, **SWIN},
         "model.neck.in_channels": [48, 96, 192, 384],
     },
+    "PVT": {"model.backbone": {"_delete_": True, **PVT}, "model.neck.in_channels": [64, 128, 320, 512]},
 }  # fmt: skip
 UNEXPORTABLE = {  # refused only when PyTorch or ONNX Runtime has tried: changes of a config, and what is named
     "faster_rcnn/faster_rcnn_r50_fpn_1x_coco with NAS-FPN": (
@@ -209,10 +210,7 @@ UNEXPORTABLE = {  # refused only when PyTorch or ONNX Runtime has tried: changes
         },
         "SumCell",
     ),
-    "faster_rcnn/faster_rcnn_r50_fpn_1x_coco with PVT": (
-        {"model.backbone": {"_delete_": True, **PVT}, "model.neck.in_channels": [64, 128, 320, 512]},
-        "/backbone/layers.0.1.1/attn/attn/Reshape",
-    ),
+    "dyhead/atss_r50_fpn_dyhead_1x_coco": ({}, "DeformConv")  # which of them comes first differs,
 }  # fmt: skip
 
 
@@ -245,7 +243,7 @@ def export_and_compare(config, folder, image, capsys, normalised=True):
     assert all(line.endswith("True") for line in lines)
     reference = source.detect(folder / "picture.png")
     assert_equal_detections(ours, reference)
-    assert export.verify_detections("with masks", ours, reference)
+    assert verify_detections("with masks", ours, reference)
     assigned = next(name for name in ("align", "align_0", "detect") if name in stages)
     levels = np.bincount(stages[assigned].get("levels", [0]))  # CenterNet and DETR have none
     return ours, levels, [
@@ -273,14 +271,17 @@ def compare(tmp_path, photographs, capsys):
         heads = mmcv.Config.fromfile(str(tmp_path / "config.py")).model.roi_head.bbox_head
         num_classes = (heads if isinstance(heads, dict) else heads[-1]).num_classes
         # not the astronaut: in its flat black corner anchors tie to the bit, and PyTorch's sort gives ties no order
-        image = photographs["coffee"]
-        found, levels, cells = export_and_compare(tmp_path / "config.py", tmp_path, image, capsys, normalised)
+        found, levels, cells = with_second_chance(
+            lambda image: export_and_compare(tmp_path / "config.py", tmp_path, image, capsys, normalised),
+            photographs["coffee"],
+        )
         TABLES[table].append([row, *cells])
         for file in tmp_path.glob("*.*"):
             file.unlink()  # up to 800 MB
         assert len(found.boxes) >= 20
         assert len(set(found.labels)) >= min(num_classes, 3)
         assert len(levels) == 1 or np.count_nonzero(levels) > 1
+        return cells
 
     return run
 
@@ -296,8 +297,9 @@ def test_a_shipped_config(compare, request, name, twin):
 @pytest.mark.slow
 def test_features_of_large_magnitude(compare):
     """Without the layers normalised, 1e-4 is a few units in the last place of such values."""
-    name = "faster_rcnn_r50_caffe_fpn_mstrain_1x_coco-person-bicycle-car"
-    compare(RELATED, f"{name}, not normalised", name, {}, normalised=False)
+    row = "R50-FPN with a thin backbone, not normalised"
+    cells = compare(RELATED, row, mmdetection.DEFAULT_CONFIG, THIN, normalised=False)
+    assert float(cells[1].split()[0]) > export.OUTPUT_TOLERANCE  # else nothing depends on the largest value
 
 
 @pytest.mark.slow
