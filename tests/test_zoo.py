@@ -210,7 +210,7 @@ UNEXPORTABLE = {  # refused only when PyTorch or ONNX Runtime has tried: changes
         },
         "SumCell",
     ),
-    "dyhead/atss_r50_fpn_dyhead_1x_coco": ({}, "DeformConv")  # which of them comes first differs,
+    "dyhead/atss_r50_fpn_dyhead_1x_coco": ({}, "DeformConv"),  # which of them comes first differs
 }  # fmt: skip
 
 
