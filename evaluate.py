@@ -2,6 +2,7 @@
 
 python evaluate.py ANNOTATIONS FOLDER                  detect in every picture that the file names, then evaluate
 python evaluate.py ANNOTATIONS FOLDER --resume         go on after an interruption
+python evaluate.py ANNOTATIONS FOLDER --processes 4    share the pictures among four processes
 python evaluate.py ANNOTATIONS FOLDER --shard 3/16     only every sixteenth picture, from the third on
 python evaluate.py ANNOTATIONS FOLDER --merge          join the shards when all are done, and evaluate
 python evaluate.py ANNOTATIONS FOLDER --compare DIR    another export beside --model, such as its networks in 8 bits
@@ -18,11 +19,14 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing.connection
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Any, List, Literal, Optional, Tuple
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Tuple
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported; 1.6 GB as float32
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised, and reported by us
@@ -34,6 +38,7 @@ from tqdm import tqdm  # noqa: E402
 from typing_extensions import Annotated  # noqa: E402
 
 from detectors import ModelError, default_folder, load, one_line  # noqa: E402
+from detectors.networks import find_providers  # noqa: E402
 from detectors.preprocess import preprocess  # noqa: E402
 from detectors.settings import write  # noqa: E402
 from pictures import (  # noqa: E402
@@ -41,6 +46,7 @@ from pictures import (  # noqa: E402
     coco_results,
     execution_of,
     name_and_value,
+    number_of,
     printable,
     read_picture,
     run_program,
@@ -185,13 +191,14 @@ class Record(msgspec.Struct):
             raise ValueError("a picture with neither detections nor an error, or with both")
 
 
-def describe_run(settings, annotations, folder):
+def describe_run(settings, args):
     """Return the header of a partial file: what the results of all shards must have in common."""
     return {
         "pair": settings.pair,
         "settings": hashlib.sha256(write(settings).encode()).hexdigest(),  # --set changes them
-        "annotations": hashlib.sha256(annotations.read_bytes()).hexdigest(),
-        "folder": Path(os.path.abspath(folder)).name,  # not where it is: another machine may have it elsewhere
+        "annotations": hashlib.sha256(args.annotations.read_bytes()).hexdigest(),
+        "folder": Path(os.path.abspath(args.folder)).name,  # not where it is: another machine may have it elsewhere
+        "providers": find_providers(execution_of(args).providers),
     }
 
 
@@ -205,7 +212,13 @@ def read_partial(path, header):
         found, records = dict(found), {msgspec.convert(record, Record).image_id: record for record in records}
     except (ValueError, TypeError, RecursionError, msgspec.ValidationError) as error:
         raise EvaluationError(f"{path} is damaged ({one_line(error)}): delete it") from error
-    names = {"pair": "model", "settings": "--set", "annotations": "annotation file", "folder": "folder of pictures"}
+    names = {
+        "pair": "model",
+        "settings": "--set",
+        "annotations": "annotation file",
+        "folder": "folder of pictures",
+        "providers": "--provider",
+    }
     for key, name in names.items():
         if found.get(key) != header[key]:
             raise EvaluationError(f"{path} belongs to another {name}: name that one, or another folder for --out")
@@ -264,23 +277,106 @@ def prepared_pictures(images, folder, settings):
                 future.cancel()
 
 
-def detect_all(detector, ids, images, done, folder, partial):
-    """Detect in the images that are not done, and write a line for each as it comes."""
+def detect_all(work, images, partial, advance):
+    """Detect in images, and write a line for each as it comes; then call `advance`."""
+    detector = work.detector
+    for image, future in prepared_pictures(images, work.folder, detector.settings.preprocess):
+        record = {"image_id": image["id"]}
+        try:
+            found = detector.detect_in(future.result())
+            found = found.where(np.isin(found.labels, list(work.ids)))
+            record["detections"] = coco_results(found, image, detector.classes, work.ids)
+        except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
+            record["error"] = one_line(error)
+            name = printable(image["file_name"])
+            tqdm.write(f"evaluate.py: {name}: {record['error']}", file=sys.stderr)
+        partial.write(json.dumps(record) + "\n")
+        partial.flush()
+        advance()
+
+
+def detect_shard(work, shard, path, counter=None):
+    """Detect in those images of a shard that its partial file does not have, and show the progress, or count it."""
+    images = work.images[shard[0] - 1 :: shard[1]]
+    partial, done = open_partial(path, work.header)
     waiting = [image for image in images if image["id"] not in done]
-    with tqdm(initial=len(images) - len(waiting), total=len(images), unit="picture") as progress:
-        for image, future in prepared_pictures(waiting, folder, detector.settings.preprocess):
-            record = {"image_id": image["id"]}
-            try:
-                found = detector.detect_in(future.result())
-                found = found.where(np.isin(found.labels, list(ids)))
-                record["detections"] = coco_results(found, image, detector.classes, ids)
-            except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
-                record["error"] = one_line(error)
-                name = printable(image["file_name"])
-                tqdm.write(f"evaluate.py: {name}: {record['error']}", file=sys.stderr)
-            partial.write(json.dumps(record) + "\n")
-            partial.flush()
-            progress.update()
+    with partial, tqdm(initial=len(done), total=len(images), unit="picture", disable=counter is not None) as progress:
+        if counter is None:
+            detect_all(work, waiting, partial, progress.update)
+        else:
+            add(counter, len(done))
+            detect_all(work, waiting, partial, lambda: add(counter, 1))
+
+
+# ---------------------------------------------------------------------- in several processes
+
+
+def detect_in_processes(args, model, paths, total):
+    """Detect in the images of all shards, each in a process of its own, and show the progress of all of them.
+
+    EvaluationError if one of the processes ends without having done its part.
+    """
+    context = multiprocessing.get_context("spawn")
+    counter, n = context.Value("q", 0), len(paths)
+    shared = argparse.Namespace(**{**vars(args), "threads": args.threads or max(1, os.cpu_count() // n)})
+    children = [
+        context.Process(target=detect_shard_alone, args=(shared, model, (i, n), path, counter), daemon=True)
+        for i, path in enumerate(paths, 1)
+    ]
+    try:
+        start_without_interrupts(children)
+        show_progress(children, counter, total)
+    finally:
+        for child in children:
+            if child.pid:
+                child.terminate()
+                child.join()
+    failed = [f"{i} of {n}" for i, child in enumerate(children, 1) if child.exitcode]
+    if failed:
+        raise EvaluationError(f"process {', '.join(failed)} ended too early: go on with --resume")
+
+
+def start_without_interrupts(children):
+    """Start processes that Ctrl-C does not reach: their parent ends them, or each would complain."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for child in children:
+            child.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def show_progress(children, counter, total):
+    """Show how many pictures are done until all processes have ended."""
+    with tqdm(total=total, unit="picture") as progress:
+        waiting = [child.sentinel for child in children]
+        while waiting:
+            ended = multiprocessing.connection.wait(waiting, timeout=0.2)
+            waiting = [sentinel for sentinel in waiting if sentinel not in ended]
+            progress.update(counter.value - progress.n)
+
+
+def detect_shard_alone(args, model, shard, path, counter):
+    """Do one process's part; it ends with its parent, however that ends."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore, which would be left behind
+    try:
+        detect_shard(prepare_work(args, read_annotations(args.annotations), model), shard, path, counter)
+    except (EvaluationError, ModelError, OSError) as error:
+        tqdm.write(f"evaluate.py: process {shard[0]}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def end_with_parent():
+    """Wait until the parent process has ended, then end this one."""
+    multiprocessing.parent_process().join()
+    os._exit(2)
+
+
+def add(counter, number):
+    """Add to a number that several processes share."""
+    with counter.get_lock():
+        counter.value += number
 
 
 # ---------------------------------------------------------------------- COCO's numbers
@@ -394,12 +490,20 @@ def read_arguments(arguments):
         "--shard", metavar="I/N", type=read_shard, default=(1, 1), help="take every N-th picture from the I-th on"
     )
     parts.add_argument("--merge", action="store_true", help="join the partial files of all shards and evaluate")
+    parts.add_argument(
+        "--processes",
+        metavar="N",
+        type=number_of("processes", 1024),
+        default=1,
+        help="share the pictures among so many processes (default: 1), and the CPU's cores among them",
+    )
     return parser.parse_args(arguments)
 
 
-def partial_name(args):
-    """Return the name of the partial file."""
-    return "detections.{}-of-{}.jsonl".format(*args.shard)
+def partial_paths(args, out):
+    """Return the partial files that a run writes to a folder: one for each process, or that of its shard."""
+    shards = [args.shard] if args.processes == 1 else [(i + 1, args.processes) for i in range(args.processes)]
+    return [out / "detections.{}-of-{}.jsonl".format(*shard) for shard in shards]
 
 
 def exports_of(args):
@@ -408,35 +512,68 @@ def exports_of(args):
     return [(args.model, args.out), *compared]
 
 
+class Work(NamedTuple):
+    """What detecting needs."""
+
+    detector: Any
+    ids: Dict[int, int]  # see category_ids
+    images: List[dict]  # COCO's, by their ids
+    folder: Path  # of the pictures
+    header: dict  # see describe_run
+
+
+def prepare_work(args, coco, model):
+    """Return the Work with the export in a folder."""
+    detector = load(model, args.options, execution_of(args))
+    images = [coco.imgs[image_id] for image_id in sorted(coco.imgs)]
+    ids = category_ids(coco, detector.classes)
+    return Work(detector, ids, images, args.folder, describe_run(detector.settings, args))
+
+
 def evaluate_model(args, coco, model, out):
     """Detect with the export in a folder and evaluate; return how many pictures failed, and the numbers, {kind: [12]}.
 
     Of a shard there are none: {}.
     """
-    images = [coco.imgs[image_id] for image_id in sorted(coco.imgs)]
-    detector = load(model, args.options, execution_of(args))
-    ids, kinds = category_ids(coco, detector.classes), kinds_of(coco, detector.settings)
+    work = prepare_work(args, coco, model)
+    ids, images, kinds = [*work.ids.values()], work.images, kinds_of(coco, work.detector.settings)
     print(f"model: {model} ({len(ids)} classes), {len(images)} pictures in {args.annotations}")
     if len(coco.cats) > len(ids):
         print(f"{len(coco.cats) - len(ids)} categories that the model does not know are left out")
-    header = describe_run(detector.settings, args.annotations, args.folder)
     out.mkdir(parents=True, exist_ok=True)
-    shard, shards = args.shard
-    path = out / partial_name(args)
-    if not args.merge:
-        partial, done = open_partial(path, header)
-        with partial:
-            detect_all(detector, ids, images[shard - 1 :: shards], done, args.folder, partial)
-    if shards > 1:
-        records = read_partial(path, header)
-        if any(image["id"] not in records for image in images[shard - 1 :: shards]):
-            raise EvaluationError(f"{path} lacks pictures: did two processes write it at once? Go on with --resume")
-        print(f"shard {shard}/{shards}: {path}; when all shards are done, evaluate with --merge")
-        return sum("error" in record for record in records.values()), {}
-    paths = sorted(out.glob("detections.*-of-*.jsonl")) if args.merge else [path]
-    known = list(ids.values())
-    failures = merge(paths, header, images, out, may_be_empty=not coco.getAnnIds(catIds=known))
-    return failures, report(coco, out / "detections.json", kinds, known, args.per_class)
+    paths = partial_paths(args, out)
+    if args.merge:
+        paths = sorted(out.glob("detections.*-of-*.jsonl"))
+    elif args.processes > 1:
+        work = work._replace(detector=None)  # its memory is needed
+        detect_in_processes(args, model, paths, len(images))
+    else:
+        detect_shard(work, args.shard, paths[0])
+    if args.shard[1] > 1:
+        return check_shard(work, args.shard, paths[0]), {}
+    failures = merge(paths, work.header, images, out, may_be_empty=not coco.getAnnIds(catIds=ids))
+    return failures, report(coco, out / "detections.json", kinds, ids, args.per_class)
+
+
+def check_shard(work, shard, path):
+    """Say that a shard is done; return how many of its pictures failed. EvaluationError if it lacks some."""
+    records = read_partial(path, work.header)
+    if any(image["id"] not in records for image in work.images[shard[0] - 1 :: shard[1]]):
+        raise EvaluationError(f"{path} lacks pictures: did two processes write it at once? Go on with --resume")
+    print(f"shard {shard[0]}/{shard[1]}: {path}; when all shards are done, evaluate with --merge")
+    return sum("error" in record for record in records.values())
+
+
+def check_partials(args, out):
+    """Refuse partial files of an earlier run that this one would not go on with: EvaluationError."""
+    paths = partial_paths(args, out)
+    left = [path for path in paths if path.exists()]
+    if left and not args.resume:
+        raise EvaluationError(f"{left[0]} is left from an earlier run: go on with --resume, or delete it")
+    others = sorted(out.glob("detections.*-of-*.jsonl")) if args.resume and args.shard[1] == 1 and not left else []
+    if others:
+        parts = others[0].stem.rpartition("-")[2]
+        raise EvaluationError(f"{others[0]} is one of {parts} parts: go on with --processes {parts}, or delete it")
 
 
 def run(args):
@@ -444,10 +581,9 @@ def run(args):
     coco = read_annotations(args.annotations)
     if not args.folder.is_dir():
         raise EvaluationError(f"{args.folder} is not a folder")
-    for _, out in exports_of(args):
-        path = out / partial_name(args)
-        if path.exists() and not (args.resume or args.merge):
-            raise EvaluationError(f"{path} is left from an earlier run: go on with --resume, or delete it")
+    if not args.merge:
+        for _, out in exports_of(args):
+            check_partials(args, out)
     if args.compare:  # what is wrong with it is said before the first one runs for hours
         category_ids(coco, load(args.compare, args.options, execution_of(args)).classes)
     failures, numbers = evaluate_model(args, coco, args.model, args.out)
@@ -461,7 +597,8 @@ def run(args):
         return 1
     if args.shard == (1, 1):  # with partial files, --resume tries only the failed ones again
         for _, out in exports_of(args):
-            (out / partial_name(args)).unlink(missing_ok=True)
+            for path in partial_paths(args, out):
+                path.unlink(missing_ok=True)
     return 0
 
 

@@ -1,5 +1,7 @@
 """The ONNX files: opened and checked against the settings once, then run."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Dict, NamedTuple, Tuple
 
@@ -36,13 +38,31 @@ def find_providers(names):
     known = {short(name): name for name in onnxruntime.get_available_providers()}
     missing = [name for name in names if short(name) not in known]
     if missing:
-        raise ModelError(f"--provider {missing[0]}: this onnxruntime has only {', '.join(known)}")
+        of_nvidia = short(missing[0]) in ("cuda", "tensorrt")
+        hint = ": onnxruntime-gpu has to take its place, see the README" if of_nvidia else ""
+        raise ModelError(f"--provider {missing[0]}: this onnxruntime has only {', '.join(known)}{hint}")
     return [*dict.fromkeys(known[short(name)] for name in names)]
 
 
 def short(provider):
     """Return the name of an execution provider as people write it: cuda."""
     return provider.lower().replace("executionprovider", "")
+
+
+def load_libraries():
+    """Load the libraries that onnxruntime-gpu needs from where pip puts them; return what is wrong, or an empty text."""
+    onnxruntime.set_default_logger_severity(4)  # what it would print of it, we raise
+    printed = io.StringIO()
+    if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
+        with contextlib.redirect_stdout(printed):
+            onnxruntime.preload_dlls()
+    return one_line(printed.getvalue())
+
+
+def with_options(names, options):
+    """Return onnxruntime's list of providers: the first one gets the options, and the CPU does what they cannot."""
+    providers = [(name, dict(options) if i == 0 else {}) for i, name in enumerate(names)]
+    return providers if CPU in names else [*providers, (CPU, {})]
 
 
 class Network:
@@ -61,19 +81,20 @@ class Network:
         options.enable_cpu_mem_arena = keep_memory
         options.enable_mem_pattern = False  # else the second picture gets new memory beside what the first one left
         wanted = find_providers(execution.providers)
-        settings = [dict(execution.options) if i == 0 else {} for i, _ in enumerate(wanted)]
-        with_cpu = [*zip(wanted, settings), *([] if CPU in wanted else [(CPU, {})])]
+        providers = with_options(wanted, execution.options)
+        trouble = load_libraries() if len(providers) > 1 else ""
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=with_cpu, enable_fallback=False)
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
             # The text that export.py left in the file; None if another program wrote it.
             self.metadata = self.session.get_modelmeta().custom_metadata_map.get("detector")
             tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
             self.declared = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(f"{path} cannot be loaded by onnxruntime: {one_line(error)}") from error
-        unused = [name for name in wanted if name not in self.session.get_providers()]
+        unused = [short(name) for name in wanted if name not in self.session.get_providers()]
         if unused:  # onnxruntime only warns, and takes the next one
-            raise ModelError(f"--provider {unused[0]}: it cannot run {path} here: are its libraries installed?")
+            trouble = trouble or "is there such a device?"
+            raise ModelError(f"--provider {unused[0]}: it cannot run {path} here: {trouble}")
 
     def expect(self, tensors, sizes):
         """Refuse a network whose input and outputs are not these, and check the shapes of every run from now on.

@@ -623,7 +623,7 @@ def test_the_execution_provider_that_is_asked_for(tmp_path, picture, monkeypatch
     assert_one_line(missing.stderr, "--provider Moon: this onnxruntime has only", "cpu")
     with monkeypatch.context() as patch:  # installed, but onnxruntime cannot start it: it would only warn
         patch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-        with pytest.raises(ModelError, match="--provider CUDAExecutionProvider: it cannot run .*model1.onnx here"):
+        with pytest.raises(ModelError, match="--provider cuda: it cannot run .*model1.onnx here"):
             load(SHAPES, execution=Execution(("cuda",)))
 
 

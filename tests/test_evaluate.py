@@ -1,11 +1,13 @@
 """evaluate.py: its numbers against MMDetection's, its partial files, and its command line as a process."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -176,11 +178,11 @@ def test_an_interrupted_comparison_goes_on_where_it_was(few, monkeypatch):
     arguments, out = [*few[0], "--compare", SHAPES.parent / "shapes_atss"], few[1]
     detect_all, runs = evaluate.detect_all, []
 
-    def interrupted(detector, ids, images, done, *others):
-        runs.append(len(images) - len(done))
+    def interrupted(work, images, *others):
+        runs.append(len(images))
         if len(runs) == 2:
             raise KeyboardInterrupt
-        detect_all(detector, ids, images, done, *others)
+        detect_all(work, images, *others)
 
     monkeypatch.setattr(evaluate, "detect_all", interrupted)
     assert run_evaluate(*arguments).returncode == 130
@@ -304,17 +306,17 @@ def test_precision_of_each_class_is_printed(few):
 # ------------------------------------------------------------------ interruption, shards
 
 
-def start_and_stop(arguments, out, lines, how):
-    """Start a run, stop it by a signal when its partial file has so many lines, and return its status and stderr."""
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+def start_and_stop(arguments, out, lines, how, shard="1-of-1", stop=subprocess.Popen.send_signal):
+    """Start a run, stop it by a signal when a partial file has so many lines, and return its status and stderr."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command(*arguments), preexec_fn=default_sigint, **pipes)
-    path, deadline = out / "detections.1-of-1.jsonl", time.monotonic() + 60
+    path, deadline = out / f"detections.{shard}.jsonl", time.monotonic() + 60
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert process.poll() is None, "it ended before it was stopped"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(how)
-    _, stderr = process.communicate(timeout=60)
+    stop(process, how)
+    _, stderr = process.communicate(timeout=60)  # which it gets when the last of its processes has ended
     return process.returncode, stderr
 
 
@@ -391,6 +393,76 @@ def test_shards_that_do_not_exist(few, shard):
     result = run_evaluate(*few[0], "--shard", shard)
     assert result.returncode == 2
     assert shard in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_several_processes_equal_one(few, whole, number):
+    arguments, out = few
+    result = subprocess.run(command(*arguments, "--processes", number), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (out / "detections.json").read_bytes() == whole[1]
+    assert result.stdout.splitlines()[1:13] == whole[0].splitlines()[1:13]
+    assert result.stderr.splitlines()[-1].count("12/12") == 1  # one progress bar, of all of them
+    assert [path.name for path in out.iterdir()] == ["detections.json"]
+
+
+def send_to_children(process, how):
+    """Send a signal to the processes of evaluate.py that detect, and not to itself."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    detecting = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(detecting) == 3
+    os.kill(detecting[1], how)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("stop", "how", "status", "words"),
+    [
+        (subprocess.Popen.send_signal, signal.SIGINT, 130, "interrupted"),
+        (lambda process, how: os.killpg(process.pid, how), signal.SIGINT, 130, "interrupted"),  # as a terminal does it
+        (subprocess.Popen.send_signal, signal.SIGKILL, -signal.SIGKILL, None),
+        (send_to_children, signal.SIGKILL, 2, "process 2 of 3 ended too early"),
+    ],
+    ids=["interrupted", "all interrupted", "killed", "a process killed"],
+)
+def test_several_processes_stopped_and_resumed(few, whole, stop, how, status, words):
+    arguments, out = [*few[0], "--processes", "3"], few[1]
+    result, stderr = start_and_stop(arguments, out, 2, how, "2-of-3", stop)
+    assert result == status, stderr
+    assert "Traceback" not in stderr
+    if words:
+        assert words in stderr.splitlines()[-1]
+        assert "--resume" in stderr.splitlines()[-1]
+    assert not (out / "detections.json").exists()
+    assert_refused(run_evaluate(*arguments), "--resume")
+    assert_refused(run_evaluate(*few[0], "--resume"), "--processes 3")
+    result = run_evaluate(*arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (out / "detections.json").read_bytes() == whole[1]
+    assert [path.name for path in out.iterdir()] == ["detections.json"]
+
+
+def test_what_fails_in_one_of_several_processes(few, pictures, tmp_path):
+    arguments, out = [*few[0], "--processes", "2"], few[1]
+    images = json.loads(arguments[0].read_text())["images"]
+    arguments[1] = tmp_path / "pictures"
+    shutil.copytree(pictures / "val", arguments[1])
+    (arguments[1] / images[3]["file_name"]).unlink()
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "1 pictures failed" in result.stderr
+    assert images[3]["file_name"] in result.stderr
+    assert (out / "detections.json").exists()
+    shutil.copy(pictures / "val" / images[3]["file_name"], arguments[1])
+    assert run_evaluate(*arguments, "--resume").returncode == 0
+
+
+@pytest.mark.parametrize("options", [["--processes", "0"], ["--processes", "two"], ["--processes", "2", "--merge"]])
+def test_processes_that_make_no_sense(few, options):
+    result = run_evaluate(*few[0], *options)
+    assert result.returncode == 2
+    assert "--processes" in result.stderr.splitlines()[-1] or "--merge" in result.stderr.splitlines()[-1]
+    assert not few[1].exists()
 
 
 # ------------------------------------------------------------------ bad input

@@ -480,8 +480,9 @@ def test_demo_and_evaluate_take_the_same_option(one_layer, tmp_path):
     assert run.returncode == 0, run.stderr
     assert len(json.loads((out / "detections.json").read_text())) == 2
     assert call_demo("--set", "head.max_per_img").returncode == 2
-    header = evaluate.describe_run(load(folder).settings, SHAPES / "config.py", tmp_path)
-    other = evaluate.describe_run(load(folder, [("head.max_per_img", "2")]).settings, SHAPES / "config.py", tmp_path)
+    args = evaluate.read_arguments([str(SHAPES / "config.py"), str(tmp_path)])
+    header = evaluate.describe_run(load(folder).settings, args)
+    other = evaluate.describe_run(load(folder, [("head.max_per_img", "2")]).settings, args)
     (tmp_path / "partial.jsonl").write_text(json.dumps(header) + "\n")
     assert evaluate.read_partial(tmp_path / "partial.jsonl", header) == {}
     with pytest.raises(evaluate.EvaluationError, match="belongs to another --set"):
