@@ -217,8 +217,8 @@ def read_arguments(arguments):
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH",
         help="a picture, a folder, a glob, a video or camera:0 (default: the bundled picture)")  # fmt: skip
-    add("--model", metavar="DIR", type=Path, default=None if MISSING else default_folder(),
-        help="folder of an export (default: ckpt if it holds one, else the bundled ckpt/shapes)")  # fmt: skip
+    add("--model", metavar="EXPORT", type=Path, default=None if MISSING else default_folder(),
+        help="a folder, or a detector in one file (default: ckpt if it holds an export, else ckpt/shapes)")  # fmt: skip
     add("--out", metavar="DIR", type=Path, default=Path("output"), help="folder for the results (default: output)")
     add("--score-thr", metavar="S", type=read_score, default=0.3,
         help="lowest score drawn and written (default: 0.3); the model's own threshold still applies")  # fmt: skip

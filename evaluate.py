@@ -5,7 +5,7 @@ python evaluate.py ANNOTATIONS FOLDER --resume         go on after an interrupti
 python evaluate.py ANNOTATIONS FOLDER --processes 4    share the pictures among four processes
 python evaluate.py ANNOTATIONS FOLDER --shard 3/16     only every sixteenth picture, from the third on
 python evaluate.py ANNOTATIONS FOLDER --merge          join the shards when all are done, and evaluate
-python evaluate.py ANNOTATIONS FOLDER --compare DIR    another export beside --model, such as its networks in 8 bits
+python evaluate.py ANNOTATIONS FOLDER --compare EXPORT another export beside --model, such as its networks in 8 bits
 
 Writes detections.json, COCO's list of results, to the folder --out; until it is complete, a partial file beside it
 has a line for each picture. Exit status: 0 all well, 1 some pictures failed and the rest was evaluated, 2 nothing
@@ -470,7 +470,13 @@ def read_arguments(arguments):
     add = parser.add_argument
     add("annotations", metavar="ANNOTATIONS", type=Path, help="a COCO annotation file, such as instances_val2017.json")
     add("folder", metavar="FOLDER", type=Path, help="the folder of its pictures")
-    add("--model", metavar="DIR", type=Path, default=default_folder(), help="folder of an export (default: as demo.py)")
+    add(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        default=default_folder(),
+        help="an export, as for demo.py (default: the same)",
+    )
     add(
         "--out",
         metavar="DIR",
@@ -481,8 +487,8 @@ def read_arguments(arguments):
     add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[], type=name_and_value,
         help="another value for a setting of the model, such as head.iou_threshold=0.6; may be repeated")  # fmt: skip
     add_execution(add)
-    add("--compare", metavar="DIR", type=Path,
-        help="folder of another export: evaluate it, too, and print both; its results: --out/compared")  # fmt: skip
+    add("--compare", metavar="EXPORT", type=Path,
+        help="another export: evaluate it, too, and print both; its results: --out/compared")  # fmt: skip
     add("--per-class", action="store_true", help="print the average precision of each class, too")
     add("--resume", action="store_true", help="go on with the run whose partial file is in --out, if there is one")
     parts = parser.add_mutually_exclusive_group()

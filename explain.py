@@ -23,7 +23,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what goes wrong is raised
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-from detectors import ModelError, default_folder, load, one_line, rle  # noqa: E402
+from detectors import ModelError, default_folder, load_folder, one_line, rle  # noqa: E402
 from explain_one_stage import (  # noqa: E402
     draw_candidates,
     draw_heat,
@@ -710,7 +710,7 @@ def main(arguments=None):
     try:
         if mpl is None:
             raise ModelError("matplotlib is missing: pip install matplotlib, or uv run --extra explain explain.py")
-        pages = explain(load(args.model), args.picture, args.out)
+        pages = explain(load_folder(args.model), args.picture, args.out)
         for page in pages:
             print(page.caption)
         written = [*(args.out / f"{page.name}.png" for page in (pages[0], pages[-1])), args.out / "index.html"]

@@ -287,7 +287,7 @@ def add_execution(add):
 def execution_of(args):
     """Return the Execution that the options of add_execution ask for."""
     names = () if args.providers is None else tuple(name.strip() for name in args.providers.split(","))
-    if args.provider_options and not names:
+    if args.provider_options and (not names or names[0].lower() == "cpu"):  # which has none
         raise ModelError("--provider-option: name the --provider that it is for")
     return Execution(names, dict(args.provider_options), args.threads)
 

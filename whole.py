@@ -27,7 +27,7 @@ try:
 
     import graphs
     from compare import any_score, verify_detections
-    from detectors import FIRST, Detections, ModelError, load, one_line
+    from detectors import FIRST, Detections, ModelError, load_folder, one_line
     from detectors.mask_rcnn import paste_all
     from detectors.preprocess import preprocess
     from detectors.settings import write
@@ -173,7 +173,7 @@ def main(arguments=None):
     args = read_arguments(arguments)
     out = args.out or args.folder / "detector.onnx"
     try:
-        detector = load(args.folder, args.options)
+        detector = load_folder(args.folder, args.options)
         check_out(out, args.folder, detector.settings)
         image = checked_picture(args.picture, detector.settings)
         if write_whole(detector, out, image, from_picture=args.from_picture, fixed=args.fixed):

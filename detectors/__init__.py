@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from detectors import tensorrt
 from detectors.cascade_rcnn import CascadeRCNN
 from detectors.center_net import CenterNet
 from detectors.detr import DETR
@@ -9,6 +10,7 @@ from detectors.faster_rcnn import FasterRCNN
 from detectors.fcos import FCOS
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from detectors.networks import Execution, ModelError, Network, one_line
+from detectors.one_file import OneFile
 from detectors.paa import PAA
 from detectors.point_rend import PointRend
 from detectors.retina_net import RetinaNet
@@ -17,7 +19,17 @@ from detectors.tood import TOOD
 from detectors.yolo import YOLO
 from postprocess import Detections
 
-__all__ = ["BUNDLED", "FIRST", "Detections", "Execution", "ModelError", "default_folder", "load", "one_line"]
+__all__ = [
+    "BUNDLED",
+    "FIRST",
+    "Detections",
+    "Execution",
+    "ModelError",
+    "default_folder",
+    "load",
+    "load_folder",
+    "one_line",
+]
 
 FAMILIES = {
     "faster_rcnn": FasterRCNN,
@@ -43,31 +55,57 @@ def default_folder():
     return CKPT if any((CKPT / name).exists() for name in FIRST) else BUNDLED
 
 
-def load(folder, options=(), execution=Execution()):  # noqa: B008, it is immutable
-    """Return the detector whose export is in a folder; ModelError if there is none, or if it cannot run.
+def load(path, options=(), execution=Execution()):  # noqa: B008, it is immutable
+    """Return the detector whose export is in a folder, or that is in one file; ModelError if it cannot run.
 
     options: (name, value as text) of settings that shall have other values than in the files, see CHANGEABLE.
     """
+    return (
+        load_file(path, options, execution) if Path(path).suffix == ".onnx" else load_folder(path, options, execution)
+    )
+
+
+def load_file(path, options=(), execution=Execution()):  # noqa: B008
+    """Return the detector that is in one file, see load."""
+    network = Network(path, execution=execution)
+    if options:
+        raise ModelError(f"--set {options[0][0]}: in {path}, the settings are built in: write it anew, with that --set")
+    return OneFile(read_metadata(network)[1], network)
+
+
+def load_folder(folder, options=(), execution=Execution()):  # noqa: B008
+    """Return the detector whose export is in a folder, see load."""
     folder = Path(folder)
-    first = Network(folder / first_file(folder), execution=execution)
+    opening = Execution() if tensorrt.is_wanted(execution) else execution
+    first = Network(folder / first_file(folder), execution=opening)
     family, settings = read_metadata(first)
     tensors, sizes = family.tensors(settings), {}
     if set(settings.networks) != set(tensors):
         raise ModelError(f"{folder}: its networks are {settings.networks}, not {tuple(tensors)}: export again")
     # Keeping its memory makes the first network a tenth faster on the next picture. The others give theirs back: a
     # head that takes a thousand RoIs of many channels needs gigabytes.
-    others = {name: Network(folder / name, False, execution) for name in tensors if name != first.path.name}
+    others = {name: Network(folder / name, False, opening) for name in tensors if name != first.path.name}
     networks = {first.path.name: first, **others}
     if any(network.metadata != first.metadata for network in networks.values()):
         raise ModelError(f"{' and '.join(networks)} in {folder} come from different exports: export again")
     for name, expected in tensors.items():
         networks[name].expect(expected, sizes)
+    settings = with_options(settings, options)
+    if tensorrt.is_wanted(execution):
+        for network in networks.values():
+            options = {**tensorrt.options_for(network, settings), **execution.options}
+            network.open(execution._replace(options=options))
+    return family(settings, networks)
+
+
+def with_options(settings, options):
+    """Return the settings with the values that were asked for: (name, value as text); ModelError if one cannot be."""
     for name, text in options:
         try:
             settings = with_option(settings, name, text)
         except SettingsError as error:
             raise ModelError(f"--set {error}") from error
-    return family(settings, networks)
+    return settings
 
 
 def first_file(folder):

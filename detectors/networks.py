@@ -11,6 +11,12 @@ import onnxruntime
 from postprocess import ignore
 
 CPU = "CPUExecutionProvider"
+USUAL = {  # options of providers that are better than onnxruntime's own
+    "CUDAExecutionProvider": {
+        "use_tf32": "0",  # with products of ten bits instead of 23, boxes move by half a pixel
+        "cudnn_conv_algo_search": "HEURISTIC",  # it searches for each new size of pictures; trying all takes seconds
+    },
+}
 BLOCK = 2**26  # bytes of input that a network takes at once; what it computes from them is several times as much
 
 
@@ -50,7 +56,7 @@ def short(provider):
 
 
 def load_libraries():
-    """Load the libraries that onnxruntime-gpu needs from where pip puts them; return what is wrong, or an empty text."""
+    """Load the libraries that onnxruntime-gpu needs from where pip puts them; return what is wrong, if anything is."""
     onnxruntime.set_default_logger_severity(4)  # what it would print of it, we raise
     printed = io.StringIO()
     if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
@@ -61,7 +67,7 @@ def load_libraries():
 
 def with_options(names, options):
     """Return onnxruntime's list of providers: the first one gets the options, and the CPU does what they cannot."""
-    providers = [(name, dict(options) if i == 0 else {}) for i, name in enumerate(names)]
+    providers = [(name, {**USUAL.get(name, {}), **(options if i == 0 else {})}) for i, name in enumerate(names)]
     return providers if CPU in names else [*providers, (CPU, {})]
 
 
@@ -75,26 +81,33 @@ class Network:
         self.path, self.tensors = Path(path), {}
         if not self.path.is_file():
             raise ModelError(f"{path} does not exist: export a model with export.py, or name its folder with --model")
+        self.keep_memory = keep_memory
+        self.open(execution)
+
+    def open(self, execution):
+        """Start the session on what an Execution says; ModelError if that cannot be."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised; onnxruntime would print them as well
         options.intra_op_num_threads = execution.threads
-        options.enable_cpu_mem_arena = keep_memory
+        options.enable_cpu_mem_arena = self.keep_memory
         options.enable_mem_pattern = False  # else the second picture gets new memory beside what the first one left
         wanted = find_providers(execution.providers)
         providers = with_options(wanted, execution.options)
         trouble = load_libraries() if len(providers) > 1 else ""
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+            self.session = onnxruntime.InferenceSession(
+                str(self.path), options, providers=providers, enable_fallback=False
+            )
             # The text that export.py left in the file; None if another program wrote it.
             self.metadata = self.session.get_modelmeta().custom_metadata_map.get("detector")
             tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
             self.declared = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
         except Exception as error:  # onnxruntime's errors have no common base class
-            raise ModelError(f"{path} cannot be loaded by onnxruntime: {one_line(error)}") from error
+            raise ModelError(f"{self.path} cannot be loaded by onnxruntime: {one_line(error)}") from error
         unused = [short(name) for name in wanted if name not in self.session.get_providers()]
         if unused:  # onnxruntime only warns, and takes the next one
             trouble = trouble or "is there such a device?"
-            raise ModelError(f"--provider {unused[0]}: it cannot run {path} here: {trouble}")
+            raise ModelError(f"--provider {unused[0]}: it cannot run {self.path} here: {trouble}")
 
     def expect(self, tensors, sizes):
         """Refuse a network whose input and outputs are not these, and check the shapes of every run from now on.
@@ -123,12 +136,20 @@ class Network:
             shape, known = (", ".join("?" if side is None else str(side) for side in sides) for sides in (shape, known))
             raise ModelError(f"{self.path} does not fit its settings: {name} is [{shape}] instead of [{known}]")
 
-    def run(self, name, array):
+    def compute(self, inputs):
+        """Return the outputs for inputs {name: array}; ModelError if the network fails."""
+        try:
+            return self.session.run(None, inputs)
+        except Exception as error:  # onnxruntime's errors have no common base class
+            name, array = next(iter(inputs.items()))
+            raise ModelError(f"onnxruntime fails with {name} {list(array.shape)}: {one_line(error)}") from error
+
+    def compute_in_blocks(self, name, array):
         """Return the outputs for the input [n, ...], which is taken in blocks if it is large."""
         if array.nbytes <= BLOCK or len(array) == 1:
-            return self.session.run(None, {name: array})
+            return self.compute({name: array})
         rows = max(1, BLOCK // array[0].nbytes)
-        blocks = [self.session.run(None, {name: array[i : i + rows]}) for i in range(0, len(array), rows)]
+        blocks = [self.compute({name: array[i : i + rows]}) for i in range(0, len(array), rows)]
         return [np.concatenate(parts) for parts in zip(*blocks)]
 
     def __call__(self, array, record=ignore):
@@ -136,11 +157,7 @@ class Network:
 
         ModelError if the network fails, or if an output has the wrong shape or is not finite.
         """
-        name = self.declared[0][0]
-        try:
-            outputs = self.run(name, array)
-        except Exception as error:  # onnxruntime's errors have no common base class
-            raise ModelError(f"onnxruntime fails with {name} {list(array.shape)}: {one_line(error)}") from error
+        outputs = self.compute_in_blocks(self.declared[0][0], array)
         arrays, sizes = dict(zip(self.tensors, [array, *outputs])), {}
         for tensor, expected in self.tensors.items():
             self.check(tensor, arrays[tensor].shape, expected, sizes)

@@ -35,9 +35,7 @@ def preprocess(image, settings):
     resize = normalize_and_resize if settings.normalize_first else resize_and_normalize
     image = resize(image, size, settings.mean[order], settings.std[order])[..., order]
 
-    sides = [max(image.shape[:2])] * 2 if settings.pad_to_square else image.shape[:2]
-    padded = [-(-side // settings.pad_divisor) * settings.pad_divisor for side in sides]
-    blob = np.full((1, 3, *padded), settings.pad_value, np.float32)
+    blob = np.full((1, 3, *padded_sides(*image.shape[:2], settings)), settings.pad_value, np.float32)
     blob[0, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
     return Picture(blob, image_size, scale_factor, (height, width), offset)
 
@@ -55,6 +53,12 @@ def new_size(width, height, settings):
             f"{width} x {height} pixels: too thin: resized to a long side of {long_side}, nothing would be left"
         )
     return size
+
+
+def padded_sides(height, width, settings):
+    """Return the height and width of what a network gets for an image that has been resized to this size."""
+    sides = [max(height, width)] * 2 if settings.pad_to_square else [height, width]
+    return [-(-side // settings.pad_divisor) * settings.pad_divisor for side in sides]
 
 
 def in_the_middle(image, bits):

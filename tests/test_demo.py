@@ -634,6 +634,8 @@ def test_the_execution_provider_that_is_asked_for(tmp_path, picture, monkeypatch
         (["--threads", "many"], ["many is not a number of threads"]),
         (["--provider-option", "device_id"], ["is not NAME=VALUE"]),
         (["--provider-option", "device_id=1"], ["name the --provider that it is for"]),
+        (["--provider", "cpu", "--provider-option", "device_id=1"], ["name the --provider that it is for"]),
+        (["--provider", "cuda"], ["this onnxruntime has only", "onnxruntime-gpu"]),
     ],
 )
 def test_how_it_runs_is_checked(tmp_path, picture, arguments, words):
