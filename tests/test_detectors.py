@@ -554,3 +554,11 @@ def test_eight_threads_and_a_hundred_runs_give_the_same_bits():
     for number, run in enumerate(runs):
         for field, other in zip(run[:3], expected[number % 2]):
             assert field.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [([], True), ([3e38, -3e38, 0], True), ([1, np.nan], False), ([-np.inf, np.inf], False), ([1e30, np.inf], False)],
+)
+def test_what_is_finite(values, finite):
+    assert networks.is_finite(np.float32(values).reshape(1, -1)) is finite
