@@ -37,7 +37,7 @@ try:
     import sources
     import whole
     from compare import any_score, verify_detections
-    from detectors import FIRST, ModelError, load, one_line
+    from detectors import CKPT, FIRST, ModelError, load, one_line
     from detectors.preprocess import preprocess
     from pictures import find_pictures, is_annotated, name_and_value, number_of, read_picture, run_program
     from sources.onnx_files import check_standard, save_networks
@@ -201,7 +201,13 @@ def read_arguments(arguments):
         help="an argument of torchvision's builder, such as min_size=600; may be repeated")  # fmt: skip
     add("--cfg-options", metavar="KEY=VALUE", nargs="+", default=[],
         help="changes of MMDetection's config, such as model.test_cfg.rcnn.score_thr=0.1")  # fmt: skip
-    add("--out", metavar="DIR", default=HERE / "ckpt", type=Path, help="folder for the networks (default: ckpt)")
+    add(
+        "--out",
+        metavar="DIR",
+        default=None if MISSING else CKPT,
+        type=Path,
+        help="folder for the networks (default: ckpt)",
+    )
     add("--opset", metavar="N", type=int, help="of ONNX (default: 13, or the first that has all operators)")
     add("--picture", metavar="FILE", default=HERE / "asset" / "shapes.png", type=Path,
         help="the picture on which detections are compared (default: the bundled picture)")  # fmt: skip

@@ -21,6 +21,7 @@ from postprocess import Detections
 
 __all__ = [
     "BUNDLED",
+    "CKPT",
     "FIRST",
     "Detections",
     "Execution",
@@ -46,8 +47,10 @@ FAMILIES = {
     "center_net": CenterNet,
 }
 FIRST = ("model1.onnx", "model.onnx")  # the files that take the picture: of two stages, and of one
-CKPT = Path(__file__).resolve().parents[1] / "ckpt"
-BUNDLED = CKPT / "shapes"
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "ckpt" / "shapes"
+# Where export.py writes and programs look first: beside them or, once they are installed, in the folder one works in.
+CKPT = ROOT / "ckpt" if (ROOT / "pyproject.toml").exists() else Path("ckpt")
 
 
 def default_folder():

@@ -1,6 +1,6 @@
 """CenterNet as a graph; compare detectors/center_net.py."""
 
-from graphs.postprocess import as_float, rescale, stack, top_k
+from graphs.postprocess import as_float, rescale, rows_where, stack, top_k
 from postprocess import Detections
 
 
@@ -11,7 +11,7 @@ def center_net(graph):
     largest = op.MaxPool(heatmap, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
     scores = op.Reshape(op.Where(op.Equal(heatmap, largest), heatmap, 0.0), [-1])
     kept = top_k(op, scores, head.max_per_img)
-    kept = op.Compress(kept, op.Greater(op.Gather(scores, kept), head.score_threshold), axis=0)
+    (kept,) = rows_where(op, op.Greater(op.Gather(scores, kept), head.score_threshold), kept)
     map_size, input_size = op.Shape(heatmap, start=2), op.Shape(picture.blob, start=2)  # height and width
     cells = op.ReduceProd(map_size, keepdims=1)
     labels = kept / cells

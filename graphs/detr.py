@@ -1,6 +1,6 @@
 """DETR as a graph; compare detectors/detr.py."""
 
-from graphs.postprocess import clip_boxes, columns, rescale, top_k
+from graphs.postprocess import clip_boxes, columns, rescale, rows_where, top_k
 from postprocess import Detections
 
 
@@ -15,6 +15,6 @@ def detr(graph):
     resized = clip_boxes(op, resized * op.Gather(picture.image_size, [1, 0, 1, 0]), picture.image_size)
     boxes = rescale(op, resized, picture, head)
     kept = top_k(op, scores, head.max_per_img)
-    kept = op.Compress(kept, op.Greater(op.Gather(scores, kept), head.score_threshold), axis=0)
+    (kept,) = rows_where(op, op.Greater(op.Gather(scores, kept), head.score_threshold), kept)
     graph.record("detect", candidates=boxes, resized=resized, scores=scores, labels=labels, kept=kept)
     return Detections(op.Gather(boxes, kept), op.Gather(scores, kept), op.Gather(labels, kept))

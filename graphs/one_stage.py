@@ -6,7 +6,7 @@ A family adds its `decode(graph, level, levels, priors)`, which returns the boxe
 import numpy as np
 
 from detectors.one_stage import MARGIN, Candidates, logit
-from graphs.postprocess import batched_nms, constant, nonzero, rescale, sigmoid, size_of, top_k
+from graphs.postprocess import batched_nms, constant, nonzero, rescale, rows_where, sigmoid, size_of, top_k
 from postprocess import Detections
 
 
@@ -57,7 +57,7 @@ def scored_candidates(op, logits, factor, a, settings):
     ranked = scores if settings.combined == "last" else products
     above = op.Greater(ranked, settings.score_threshold)
     above = above if good is None else op.And(above, good)
-    return [op.Compress(values, above, axis=0) for values in (cell * a + which, label, ranked, products)]
+    return rows_where(op, above, cell * a + which, label, ranked, products)
 
 
 def best_candidates(op, logits, factor, a, settings):

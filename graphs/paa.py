@@ -4,7 +4,7 @@ import numpy as np
 
 from detectors.paa import DECLINE, VOTES_FROM
 from graphs.one_stage import find_candidates, scored_candidates, suppress
-from graphs.postprocess import constant, pairwise_iou, rescale, size_of, top_k
+from graphs.postprocess import constant, pairwise_iou, rescale, rows_where, size_of, top_k
 from graphs.retina_net import decode
 
 
@@ -32,7 +32,7 @@ def choose(op, logits, factor, a, settings):
     first = op.Gather(op.ScatterElements(everywhere, prior, place, reduction="min"), prior)
     priors_so_far = op.CumSum(op.Cast(op.Equal(first, place), to=first.dtype), 0)
     chosen = op.LessOrEqual(op.Gather(priors_so_far, first), settings.nms_pre)
-    return [op.Compress(values, chosen, axis=0) for values in (prior, label, products)]
+    return rows_where(op, chosen, prior, label, products)
 
 
 def vote(op, found, boxes, scores, labels):

@@ -47,6 +47,12 @@ def nonzero(op, condition, axes):
     return [op.Gather(positions, axis) for axis in range(axes)], op.Transpose(positions)
 
 
+def rows_where(op, condition, *values):
+    """Return of each of the values the rows for which a condition [n] is true. Compress on CUDA fails if n is 0."""
+    (rows,), _ = nonzero(op, condition, 1)
+    return [op.Gather(value, rows) for value in values]
+
+
 def as_float(op, values):
     """Return values as float32."""
     return op.Cast(values, to=TensorProto.FLOAT)
@@ -174,7 +180,7 @@ def propose(op, cls, reg, image_size, settings, record=ignore):
         levels.append(op.Expand(level, op.Shape(best)))
     boxes, scores, levels = (op.Concat(*parts, axis=0) for parts in (boxes, scores, levels))
     good = op.And(large_enough(op, boxes, settings.min_bbox_size), op.Greater(scores, settings.score_threshold))
-    boxes, scores, levels = (op.Compress(values, good, axis=0) for values in (boxes, scores, levels))
+    boxes, scores, levels = rows_where(op, good, boxes, scores, levels)
     kept = batched_nms(op, boxes, scores, levels, len(cls), settings)
     proposals = op.Gather(boxes, kept)
     record("propose", candidates=boxes, scores=scores, levels=levels, kept=kept, proposals=proposals)
@@ -244,7 +250,7 @@ def detect(op, cls, reg, rois, picture, settings, record=ignore):
         deltas = op.GatherND(op.Reshape(reg, [-1, num_classes, 4]), places)
     resized = decode_boxes(op, op.Gather(rois, roi), deltas, settings, picture.image_size)
     large = large_enough(op, resized, settings.min_bbox_size)
-    resized, scores, label, roi = (op.Compress(values, large, axis=0) for values in (resized, scores, label, roi))
+    resized, scores, label, roi = rows_where(op, large, resized, scores, label, roi)
     boxes = rescale(op, resized, picture, settings)
     kept = batched_nms(op, resized if settings.nms_resized else boxes, scores, label, num_classes, settings)
     record("detect", candidates=boxes, resized=resized, scores=scores, labels=label, rois=roi, kept=kept)

@@ -24,7 +24,7 @@ from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.models.dense_heads.anchor_free_head import AnchorFreeHead
 from mmdet.models.necks import BFP
 
-from detectors import Detections, one_line, rle
+from detectors import CKPT, Detections, one_line, rle
 from detectors.settings import (
     Anchors,
     CascadeMaskRCNNSettings,
@@ -65,7 +65,6 @@ from sources.layers import GroupNorm, MultiheadAttention, adaptive_max_pool2d, r
 DEFAULT_CONFIG = "faster_rcnn_r50_fpn_1x_coco"
 DEFAULT_CHECKPOINT = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 CHECKPOINT_URL = f"https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/{DEFAULT_CONFIG}/{DEFAULT_CHECKPOINT}"
-CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 # What a config may call its model.
 DETECTORS = (
     "FasterRCNN", "MaskRCNN", "CascadeRCNN", "PointRend", "TridentFasterRCNN",

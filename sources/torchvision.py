@@ -26,7 +26,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import FrozenBatchNorm2d
 from typing_extensions import Annotated
 
-from detectors import Detections, one_line, rle
+from detectors import CKPT, Detections, one_line, rle
 from detectors.settings import (
     Anchors,
     CellAnchors,
@@ -52,7 +52,6 @@ from detectors.settings import (
 from sources import Network, Source, SourceError
 from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
 
-CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NORMALISED = {"image_mean": Tuple[Number, Number, Number], "image_std": Tuple[Positive, Positive, Positive]}
 RESIZED = {
