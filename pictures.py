@@ -17,7 +17,6 @@ import videos
 from detectors import Execution, ModelError, rle
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of what is taken from a folder
-MARK = b"Software\0faster-rcnn-onnx"  # in every annotated picture, so that none is taken for an input later
 
 # ---------------------------------------------------------------------- find and read
 
@@ -28,12 +27,15 @@ def printable(path):
 
 
 def is_annotated(path):
-    """Return whether a file is a picture that annotated_png made."""
+    """Return whether a file is a picture or a video that was annotated here."""
     if not os.path.isfile(path):  # opening a pipe would wait forever
         return False
     try:
         with open(path, "rb") as file:
-            return MARK in file.read(100)
+            if videos.MARK in file.read(100):
+                return True
+            file.seek(max(0, os.path.getsize(path) - 100))
+            return videos.is_video(path) and file.read().endswith(videos.MARK)
     except OSError:
         return False
 
@@ -197,15 +199,15 @@ def draw_label(image, box, text, colour):
 def annotated_png(image):
     """Return an image as the bytes of a PNG that carries our mark."""
     png = cv2.imencode(".png", image)[1].tobytes()
-    chunk = b"tEXt" + MARK
-    chunk = struct.pack(">I", len(MARK)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    chunk = b"tEXt" + videos.MARK
+    chunk = struct.pack(">I", len(videos.MARK)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return png[:33] + chunk + png[33:]  # behind the signature and the header
 
 
 def free_name(file, out, taken, suffix=".png"):
     """Return a name for the annotated version of a file in the folder `out`, and add it to those that are taken.
 
-    Nothing is overwritten there but annotated pictures of earlier runs.
+    Nothing is overwritten there but what earlier runs annotated.
     """
     stem, number = Path(file).stem, 1
     name = f"{stem}{suffix}"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import secrets
+import struct
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 AHEAD = 4  # frames that are read while the networks work on another
+MARK = b"Software\0faster-rcnn-onnx"  # in all that is annotated, so that none of it is taken for an input later
 CODEC = "mp4v"  # MPEG-4 part 2, the one that every OpenCV can write
 
 
@@ -166,6 +168,8 @@ class Writer:
                 written = cv2.VideoCapture(for_opencv(self.partial))
                 if not written.isOpened() or int(written.get(cv2.CAP_PROP_FRAME_COUNT)) != self.count:
                     raise VideoError(f"{self.path} could not be written whole: is the disk full?")
+                with self.partial.open("ab") as file:  # a box that players skip
+                    file.write(struct.pack(">I", 8 + len(MARK)) + b"free" + MARK)
                 os.replace(self.partial, self.path)
         finally:
             self.partial.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from PIL import Image
 from test_demo import assert_one_line, call_demo, environment, names_in, read_results, run_demo
 from test_detectors import change_metadata, copy_model
 from test_pictures import colour_modes
+from test_videos import write_clip
 
 import detectors
 import pictures
@@ -226,6 +227,49 @@ def test_a_pipe_where_a_result_should_go(tmp_path):
     result = run_on(tmp_path, PICTURE, run=run_demo, timeout=20)
     assert result.returncode == 0, result.stderr
     assert names_in(tmp_path / "out") == {"shapes.png", "shapes_2.png"}
+
+
+# ------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["camera:93"], ["camera:93", "no such camera"]),
+        (["broken.mp4"], ["broken.mp4", "not a video that OpenCV can read"]),
+        (["nothing.mp4"], ["nothing.mp4", "no such file"]),
+        (["empty", "--recursive"], ["empty", "no pictures"]),
+        ([PICTURE, "--provider", "moon"], ["--provider moon", "this onnxruntime has only", "cpu"]),
+        ([PICTURE, "--provider", "cpu,moon"], ["--provider moon", "this onnxruntime has only", "cpu"]),
+        ([PICTURE, "--provider-option", "device_id=1"], ["name the --provider"]),
+        ([PICTURE, "--classes", "circle,unicorn"], ["no class 'unicorn'", "circle, triangle"]),
+        ([PICTURE, "--classes", ""], ["no class ''"]),
+        ([PICTURE, "--save-stages", "stages.txt"], ["stages.txt", ".npz"]),
+        ([PICTURE, "--save-stages", "nothing/stages.npz"], ["stages.npz", "a folder that is there"]),
+        ([PICTURE, "--save-stages", "read only/stages.npz"], ["Permission denied"]),
+        ([PICTURE, "--out", "read only"], ["Permission denied"]),
+        ([PICTURE, "--out", "read only/out"], ["Permission denied"]),
+        (["clip.mp4", "--out", "read only"], ["clip.mp4", "OpenCV cannot write"]),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="root may write everything")
+def test_what_can_go_wrong_with_an_option(tmp_path, arguments, words):
+    """One line, exit status 2, and nothing is left in the folders."""
+    (tmp_path / "broken.mp4").write_text("words")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "read only").mkdir(mode=0o500)
+    if arguments[0] == "clip.mp4":
+        write_clip(tmp_path / "clip.mp4", 2)
+    result = run_demo("--model", SHAPES, *arguments, cwd=tmp_path, preexec_fn=obey_permissions)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("demo.py: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0]
+    assert not list((tmp_path / "read only").iterdir())
+    assert not list(tmp_path.glob("output/*"))
 
 
 # ------------------------------------------------------------------ disks and permissions
