@@ -36,11 +36,19 @@ def requirements_of(extra):
 
 def test_requirement_txt_agrees_with_pyproject():
     content = project()
-    extras = content["project"]["optional-dependencies"].values()
-    requirements = content["project"]["dependencies"] + sum(extras, [])
+    extras = {**content["project"]["optional-dependencies"]}
+    extras.pop("gpu")  # takes the place of another package
+    requirements = content["project"]["dependencies"] + sum(extras.values(), [])
     requirements += content["tool"]["uv"]["constraint-dependencies"]
     versions = {tuple(requirement.split("==")) for requirement in requirements}  # an extra may repeat another's
     assert sorted((normalise(name), version) for name, version in versions) == sorted(pinned().items())
+
+
+def test_onnxruntime_has_the_same_version_on_a_gpu():
+    (gpu,) = project()["project"]["optional-dependencies"]["gpu"]
+    assert gpu == f"onnxruntime-gpu[cuda,cudnn]=={pinned()['onnxruntime']}"
+    for name in ("README.md", "README.zh-CN.md"):
+        assert f"onnxruntime-gpu=={pinned()['onnxruntime']}" in (ROOT / name).read_text()
 
 
 def test_the_tests_without_a_framework_need_what_all_tests_need_and_no_framework():
