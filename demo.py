@@ -145,7 +145,8 @@ def annotate_video(detector, file, taken, watch, args):
     The next frames are read while the networks work. Interrupted, it closes the file, which plays as far as it goes.
     """
     video = Video(file)
-    name = pictures.free_name(file.replace(":", "_") if video.live else file, args.out, taken, ".mp4")
+    stem = file.replace(":", "_") if video.live else file
+    name = pictures.free_name(stem, args.out, taken, ".mp4", replace=not video.live)  # a camera's is the only one
     written = pictures.printable(args.out / name)
     print(f"{pictures.printable(file)}: {video.rate:g} frames a second, to {written} ({videos.CODEC})")
     total = -(-video.length // args.every) or None

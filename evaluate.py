@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
@@ -38,7 +39,7 @@ from tqdm import tqdm  # noqa: E402
 from typing_extensions import Annotated  # noqa: E402
 
 from detectors import ModelError, default_folder, load, one_line  # noqa: E402
-from detectors.networks import find_providers  # noqa: E402
+from detectors.networks import CPU, find_providers  # noqa: E402
 from detectors.preprocess import preprocess  # noqa: E402
 from detectors.settings import write  # noqa: E402
 from pictures import (  # noqa: E402
@@ -69,6 +70,12 @@ class EvaluationError(Exception):
 
 
 Finite = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]
+
+
+class Images(msgspec.Struct):
+    """Of an annotation file, the pictures alone, with all that it says of them."""
+
+    images: List[Dict[str, Any]]
 
 
 class Image(msgspec.Struct):
@@ -124,6 +131,12 @@ def read_annotations(path):
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
         coco.createIndex()
     return coco
+
+
+def read_images(path):
+    """Return the images of an annotation file that read_annotations has checked, by their ids."""
+    images = msgspec.json.decode(path.read_bytes(), type=Images).images
+    return sorted(images, key=lambda image: image["id"])
 
 
 def kinds_of(coco, settings):
@@ -193,12 +206,15 @@ class Record(msgspec.Struct):
 
 def describe_run(settings, args):
     """Return the header of a partial file: what the results of all shards must have in common."""
+    execution = execution_of(args)
+    providers = [name for name in find_providers(execution.providers) if name != CPU]
+    options = [f"{name}={value}" for name, value in sorted(execution.options.items()) if name != "device_id"]
     return {
         "pair": settings.pair,
         "settings": hashlib.sha256(write(settings).encode()).hexdigest(),  # --set changes them
         "annotations": hashlib.sha256(args.annotations.read_bytes()).hexdigest(),
         "folder": Path(os.path.abspath(args.folder)).name,  # not where it is: another machine may have it elsewhere
-        "providers": find_providers(execution_of(args).providers),
+        "providers": providers + options,
     }
 
 
@@ -217,7 +233,7 @@ def read_partial(path, header):
         "settings": "--set",
         "annotations": "annotation file",
         "folder": "folder of pictures",
-        "providers": "--provider",
+        "providers": "--provider or --provider-option",
     }
     for key, name in names.items():
         if found.get(key) != header[key]:
@@ -278,7 +294,7 @@ def prepared_pictures(images, folder, settings):
 
 
 def detect_all(work, images, partial, advance):
-    """Detect in images, and write a line for each as it comes; then call `advance`."""
+    """Detect in images, and write a line for each as it comes; then call `advance`, with what is wrong with it."""
     detector = work.detector
     for image, future in prepared_pictures(images, work.folder, detector.settings.preprocess):
         record = {"image_id": image["id"]}
@@ -288,44 +304,46 @@ def detect_all(work, images, partial, advance):
             record["detections"] = coco_results(found, image, detector.classes, work.ids)
         except (ModelError, OSError, ValueError, MemoryError, cv2.error) as error:
             record["error"] = one_line(error)
-            name = printable(image["file_name"])
-            tqdm.write(f"evaluate.py: {name}: {record['error']}", file=sys.stderr)
         partial.write(json.dumps(record) + "\n")
         partial.flush()
-        advance()
+        advance(f"evaluate.py: {printable(image['file_name'])}: {record['error']}" if "error" in record else None)
 
 
-def detect_shard(work, shard, path, counter=None):
-    """Detect in those images of a shard that its partial file does not have, and show the progress, or count it."""
+def detect_shard(work, shard, path):
+    """Detect in those images of a shard that its partial file does not have, and show the progress."""
     images = work.images[shard[0] - 1 :: shard[1]]
     partial, done = open_partial(path, work.header)
-    waiting = [image for image in images if image["id"] not in done]
-    with partial, tqdm(initial=len(done), total=len(images), unit="picture", disable=counter is not None) as progress:
-        if counter is None:
-            detect_all(work, waiting, partial, progress.update)
-        else:
-            add(counter, len(done))
-            detect_all(work, waiting, partial, lambda: add(counter, 1))
+    with partial, tqdm(initial=len(done), total=len(images), unit="picture") as progress:
+
+        def advance(problem):
+            if problem:
+                tqdm.write(problem, file=sys.stderr)
+            progress.update()
+
+        detect_all(work, [image for image in images if image["id"] not in done], partial, advance)
 
 
 # ---------------------------------------------------------------------- in several processes
 
 
-def detect_in_processes(args, model, paths, total):
+def detect_in_processes(args, model, work, paths):
     """Detect in the images of all shards, each in a process of its own, and show the progress of all of them.
 
     EvaluationError if one of the processes ends without having done its part.
     """
-    context = multiprocessing.get_context("spawn")
-    counter, n = context.Value("q", 0), len(paths)
-    shared = argparse.Namespace(**{**vars(args), "threads": args.threads or max(1, os.cpu_count() // n)})
+    context, n, total = multiprocessing.get_context("spawn"), len(paths), len(work.images)
+    records = [record for path in paths if path.exists() for record in read_partial(path, work.header).values()]
+    done = sum("detections" in record for record in records)
+    counts = context.RawArray("q", n)  # how many pictures each has done; only its own process writes one
+    shared = argparse.Namespace(**{**vars(args), "threads": args.threads or max(1, count_cores() // n)})
+    work = work._replace(detector=None, images=None)  # which each process reads for itself
     children = [
-        context.Process(target=detect_shard_alone, args=(shared, model, (i, n), path, counter), daemon=True)
+        context.Process(target=detect_shard_alone, args=(shared, model, work, (i, n), path, counts), daemon=True)
         for i, path in enumerate(paths, 1)
     ]
     try:
         start_without_interrupts(children)
-        show_progress(children, counter, total)
+        show_progress(children, counts, done, total)
     finally:
         for child in children:
             if child.pid:
@@ -336,34 +354,62 @@ def detect_in_processes(args, model, paths, total):
         raise EvaluationError(f"process {', '.join(failed)} ended too early: go on with --resume")
 
 
+def count_cores():
+    """Return how many of the CPU's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_without_interrupts(children):
-    """Start processes that Ctrl-C does not reach: their parent ends them, or each would complain."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Start processes that Ctrl-C does not reach: their parent ends them, or each would complain.
+
+    Pressed meanwhile, it counts when all have been started: KeyboardInterrupt.
+    """
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    blocks = hasattr(signal, "pthread_sigmask")  # which the processes inherit; Windows has nothing like it
+    if blocks:
+        multiprocessing.resource_tracker.ensure_running()  # or it would be started with them, and end the blocking
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for child in children:
             child.start()
     finally:
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
-def show_progress(children, counter, total):
+def show_progress(children, counts, done, total):
     """Show how many pictures are done until all processes have ended."""
-    with tqdm(total=total, unit="picture") as progress:
+    with tqdm(initial=done, total=total, unit="picture") as progress:
         waiting = [child.sentinel for child in children]
         while waiting:
             ended = multiprocessing.connection.wait(waiting, timeout=0.2)
             waiting = [sentinel for sentinel in waiting if sentinel not in ended]
-            progress.update(counter.value - progress.n)
+            progress.update(done + sum(counts) - progress.n)
 
 
-def detect_shard_alone(args, model, shard, path, counter):
+def detect_shard_alone(args, model, work, shard, path, counts):
     """Do one process's part; it ends with its parent, however that ends."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore, which would be left behind
+    cv2.setNumThreads(args.threads)
+    i, n = shard
+
+    def advance(problem):
+        if problem:
+            print(f"\n{problem}", file=sys.stderr, flush=True)  # below the progress, which another process shows
+        counts[i - 1] += 1
+
     try:
-        detect_shard(prepare_work(args, read_annotations(args.annotations), model), shard, path, counter)
+        partial, done = open_partial(path, work.header)
+        images = [image for image in read_images(args.annotations)[i - 1 :: n] if image["id"] not in done]
+        with partial:
+            work = work._replace(detector=load(model, args.options, execution_of(args)))
+            detect_all(work, images, partial, advance)
     except (EvaluationError, ModelError, OSError) as error:
-        tqdm.write(f"evaluate.py: process {shard[0]}: {one_line(error)}", file=sys.stderr)
+        print(f"\nevaluate.py: process {i}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -371,12 +417,6 @@ def end_with_parent():
     """Wait until the parent process has ended, then end this one."""
     multiprocessing.parent_process().join()
     os._exit(2)
-
-
-def add(counter, number):
-    """Add to a number that several processes share."""
-    with counter.get_lock():
-        counter.value += number
 
 
 # ---------------------------------------------------------------------- COCO's numbers
@@ -552,7 +592,7 @@ def evaluate_model(args, coco, model, out):
         paths = sorted(out.glob("detections.*-of-*.jsonl"))
     elif args.processes > 1:
         work = work._replace(detector=None)  # its memory is needed
-        detect_in_processes(args, model, paths, len(images))
+        detect_in_processes(args, model, work, paths)
     else:
         detect_shard(work, args.shard, paths[0])
     if args.shard[1] > 1:
@@ -579,7 +619,8 @@ def check_partials(args, out):
     others = sorted(out.glob("detections.*-of-*.jsonl")) if args.resume and args.shard[1] == 1 and not left else []
     if others:
         parts = others[0].stem.rpartition("-")[2]
-        raise EvaluationError(f"{others[0]} is one of {parts} parts: go on with --processes {parts}, or delete it")
+        how = "without --processes" if parts == "1" else f"--processes {parts}, or --shard and --merge"
+        raise EvaluationError(f"{others[0]} is of a run in {parts} parts: go on with that, {how}; or delete it")
 
 
 def run(args):

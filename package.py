@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-OFFERED = ["Detections", "Execution", "ModelError", "load"]  # of detectors/
+__all__ = ["Detections", "Execution", "ModelError", "load"]  # noqa: F822, they are of detectors/, see __getattr__
 
 
 @contextlib.contextmanager
@@ -25,8 +25,8 @@ def importable():
 
 
 def __getattr__(name):  # when it is first asked for: programs set what OpenCV reads when it is imported
-    """Return what the package offers, see OFFERED."""
-    if name not in OFFERED:
+    """Return what the package offers, see __all__."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with importable():
         return getattr(importlib.import_module("detectors"), name)

@@ -15,6 +15,7 @@ import numpy as np
 
 import videos
 from detectors import Execution, ModelError, rle
+from detectors.networks import short
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of what is taken from a folder
 
@@ -204,14 +205,14 @@ def annotated_png(image):
     return png[:33] + chunk + png[33:]  # behind the signature and the header
 
 
-def free_name(file, out, taken, suffix=".png"):
+def free_name(file, out, taken, suffix=".png", replace=True):
     """Return a name for the annotated version of a file in the folder `out`, and add it to those that are taken.
 
-    Nothing is overwritten there but what earlier runs annotated.
+    Nothing is overwritten there but, with `replace`, what earlier runs annotated.
     """
     stem, number = Path(file).stem, 1
     name = f"{stem}{suffix}"
-    while name in taken or (os.path.lexists(out / name) and not is_annotated(out / name)):
+    while name in taken or (os.path.lexists(out / name) and not (replace and is_annotated(out / name))):
         number += 1
         name = f"{stem}_{number}{suffix}"
     taken.add(name)
@@ -289,8 +290,8 @@ def add_execution(add):
 def execution_of(args):
     """Return the Execution that the options of add_execution ask for."""
     names = () if args.providers is None else tuple(name.strip() for name in args.providers.split(","))
-    if args.provider_options and (not names or names[0].lower() == "cpu"):  # which has none
-        raise ModelError("--provider-option: name the --provider that it is for")
+    if args.provider_options and (not names or short(names[0]) == "cpu"):
+        raise ModelError("--provider-option: name the --provider that it is for; the CPU has no options")
     return Execution(names, dict(args.provider_options), args.threads)
 
 

@@ -50,7 +50,7 @@ FIRST = ("model1.onnx", "model.onnx")  # the files that take the picture: of two
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "ckpt" / "shapes"
 # Where export.py writes and programs look first: beside them or, once they are installed, in the folder one works in.
-CKPT = ROOT / "ckpt" if (ROOT / "pyproject.toml").exists() else Path("ckpt")
+CKPT = Path("ckpt") if (ROOT / "__init__.py").exists() else ROOT / "ckpt"
 
 
 def default_folder():
@@ -79,6 +79,8 @@ def load_file(path, options=(), execution=Execution()):  # noqa: B008
 def load_folder(folder, options=(), execution=Execution()):  # noqa: B008
     """Return the detector whose export is in a folder, see load."""
     folder = Path(folder)
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file: name the folder of an export, with its networks")
     opening = Execution() if tensorrt.is_wanted(execution) else execution
     first = Network(folder / first_file(folder), execution=opening)
     family, settings = read_metadata(first)
@@ -96,8 +98,8 @@ def load_folder(folder, options=(), execution=Execution()):  # noqa: B008
     settings = with_options(settings, options)
     if tensorrt.is_wanted(execution):
         for network in networks.values():
-            options = {**tensorrt.options_for(network, settings), **execution.options}
-            network.open(execution._replace(options=options))
+            told = {**tensorrt.options_for(network, settings), **execution.options}
+            network.open(execution._replace(options=told))
     return family(settings, networks)
 
 

@@ -1,6 +1,7 @@
 """The ONNX files: opened and checked against the settings once, then run."""
 
 import contextlib
+import functools
 import io
 from pathlib import Path
 from typing import Dict, NamedTuple, Tuple
@@ -47,7 +48,8 @@ def find_providers(names):
         of_nvidia = short(missing[0]) in ("cuda", "tensorrt")
         hint = ": onnxruntime-gpu has to take its place, see the README" if of_nvidia else ""
         raise ModelError(f"--provider {missing[0]}: this onnxruntime has only {', '.join(known)}{hint}")
-    return [*dict.fromkeys(known[short(name)] for name in names)]
+    found = dict.fromkeys(known[short(name)] for name in names)
+    return [name for name in found if name != CPU] + [name for name in found if name == CPU]
 
 
 def short(provider):
@@ -55,8 +57,12 @@ def short(provider):
     return provider.lower().replace("executionprovider", "")
 
 
+@functools.lru_cache
 def load_libraries():
-    """Load the libraries that onnxruntime-gpu needs from where pip puts them; return what is wrong, if anything is."""
+    """Load the libraries that onnxruntime-gpu needs from where pip puts them; return what is wrong, if anything is.
+
+    From then on, onnxruntime no longer prints what it warns of.
+    """
     onnxruntime.set_default_logger_severity(4)  # what it would print of it, we raise
     printed = io.StringIO()
     if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
@@ -65,7 +71,7 @@ def load_libraries():
     return one_line(printed.getvalue())
 
 
-def with_options(names, options):
+def with_cpu(names, options):
     """Return onnxruntime's list of providers: the first one gets the options, and the CPU does what they cannot."""
     providers = [(name, {**USUAL.get(name, {}), **(options if i == 0 else {})}) for i, name in enumerate(names)]
     return providers if CPU in names else [*providers, (CPU, {})]
@@ -99,7 +105,7 @@ class Network:
         options.enable_cpu_mem_arena = self.keep_memory
         options.enable_mem_pattern = False  # else the second picture gets new memory beside what the first one left
         wanted = find_providers(execution.providers)
-        providers = with_options(wanted, execution.options)
+        providers = with_cpu(wanted, execution.options)
         trouble = load_libraries() if len(providers) > 1 else ""
         try:
             self.session = onnxruntime.InferenceSession(

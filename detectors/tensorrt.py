@@ -31,8 +31,9 @@ def options_for(network, settings):
 
 def picture_shapes(settings):
     """Return the smallest, a usual and the largest shape [1, 3, H, W] that preprocess makes of a picture."""
-    if settings.scale is None:
-        raise ModelError("--provider tensorrt: this detector takes pictures of any size: --set preprocess.scale=...")
+    if settings.scale is None or settings.canvas:
+        raise ModelError("--provider tensorrt: this detector takes pictures as large as they are, and an engine is for "
+                         "a range of sizes: use cuda")  # fmt: skip
     width, height = new_size(640, 480, settings)
     least, most = (1, max(settings.scale)) if settings.keep_ratio else (None, None)
     sizes = [(least or height, least or width), (height, width), (most or height, most or width)]

@@ -1,6 +1,7 @@
 """evaluate.py: its numbers against MMDetection's, its partial files, and its command line as a process."""
 
 import json
+import multiprocessing.context
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import ROOT, SHAPES, call_program, default_sigint
 
@@ -435,11 +437,51 @@ def test_several_processes_stopped_and_resumed(few, whole, stop, how, status, wo
         assert "--resume" in stderr.splitlines()[-1]
     assert not (out / "detections.json").exists()
     assert_refused(run_evaluate(*arguments), "--resume")
-    assert_refused(run_evaluate(*few[0], "--resume"), "--processes 3")
+    assert_refused(run_evaluate(*few[0], "--resume"), "--processes 3", "--shard")
     result = run_evaluate(*arguments, "--resume")
     assert result.returncode == 0, result.stderr
     assert (out / "detections.json").read_bytes() == whole[1]
     assert [path.name for path in out.iterdir()] == ["detections.json"]
+
+
+@pytest.mark.parametrize("delay", [0, 0.3, 0.6])
+def test_interrupted_while_processes_start(few, monkeypatch, delay):
+    """It waits until all have started, and then ends all of them."""
+    arguments, started = [*few[0], "--processes", "4"], []
+    start = multiprocessing.context.SpawnProcess.start
+
+    def start_slowly(self):
+        start(self)
+        started.append(self)
+        if len(started) == 2:
+            time.sleep(delay)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_slowly)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run_evaluate(*arguments)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.returncode == 130
+    assert len(started) == 4
+    assert not any(child.is_alive() for child in started)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+@pytest.mark.parametrize("options", [["--set", "head.iou_threshold=0.6"], ["--provider", "azure"]], ids=str)
+def test_another_run_is_not_resumed(few, options, monkeypatch):
+    """It is refused before any process starts."""
+    names = ["AzureExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    arguments = [*few[0], "--processes", "2"]
+    assert run_evaluate(*few[0], "--shard", "2/2").returncode == 0
+    assert run_evaluate(*few[0], "--shard", "2/2", "--resume", "--provider", "cpu").returncode == 0  # is no other
+    result = run_evaluate(*arguments, "--resume", *options)
+    assert_refused(result, "2-of-2.jsonl belongs to another", options[0])
+    (few[1] / "detections.1-of-2.jsonl").write_text("{\n")
+    assert_refused(run_evaluate(*arguments, "--resume"), "1-of-2.jsonl is damaged")
 
 
 def test_what_fails_in_one_of_several_processes(few, pictures, tmp_path):
@@ -451,7 +493,7 @@ def test_what_fails_in_one_of_several_processes(few, pictures, tmp_path):
     result = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "1 pictures failed" in result.stderr
-    assert images[3]["file_name"] in result.stderr
+    assert any(line.startswith(f"evaluate.py: {images[3]['file_name']}: ") for line in result.stderr.splitlines())
     assert (out / "detections.json").exists()
     shutil.copy(pictures / "val" / images[3]["file_name"], arguments[1])
     assert run_evaluate(*arguments, "--resume").returncode == 0

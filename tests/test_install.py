@@ -116,3 +116,16 @@ def test_several_processes_of_a_command(installed, tmp_path):
         assert result.returncode == 0, result.stderr
         results.append((tmp_path / "output" / "evaluation" / "detections.json").read_bytes())
     assert results[0] == results[1]
+
+
+def test_a_copied_folder_finds_the_export_beside_it(tmp_path):
+    """Without --model, from wherever it is started."""
+    folder = tmp_path / "deployed"
+    shutil.copytree(ROOT / "detectors", folder / "detectors")
+    for name in ("demo.py", "postprocess.py", "pictures.py", "videos.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "ckpt" / "shapes_atss", folder / "ckpt")
+    result = run([sys.executable, folder / "demo.py", ROOT / "asset" / "shapes.png"], tmp_path, os.environ)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"model: {folder / 'ckpt'} ")
+    assert "10 detections" in result.stdout

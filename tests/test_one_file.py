@@ -96,4 +96,4 @@ def test_what_shows_or_writes_the_networks_wants_their_folder(one_file, program,
     run = call_program(program.main, *arguments)
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
-    assert "model1.onnx does not exist" in run.stderr
+    assert "is a file: name the folder of an export" in run.stderr

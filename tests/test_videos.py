@@ -238,6 +238,14 @@ def test_a_source_that_ends(tmp_path, monkeypatch, source, frames, error, words)
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+def test_what_a_camera_saw_is_never_replaced(tmp_path, monkeypatch):
+    opened = cv2.VideoCapture
+    monkeypatch.setattr(videos.cv2, "VideoCapture", lambda path: Ending(path) if path == 3 else opened(path))
+    for names in ({"camera_3.mp4"}, {"camera_3.mp4", "camera_3_2.mp4"}):
+        call("camera:3", "--out", tmp_path)
+        assert {path.name for path in tmp_path.glob("*.mp4")} == names
+
+
 def test_frames_of_odd_and_of_changing_sizes(tmp_path):
     with videos.Writer(tmp_path / "odd.mp4", 25) as writer:
         for size in ((121, 161), (121, 161), (60, 90)):
