@@ -436,6 +436,8 @@ def test_several_processes_stopped_and_resumed(few, whole, stop, how, status, wo
         assert words in stderr.splitlines()[-1]
         assert "--resume" in stderr.splitlines()[-1]
     assert not (out / "detections.json").exists()
+    lines = [path.read_text().count("\n") for path in out.iterdir()]
+    assert sum(lines) - len(lines) < 12  # the processes did not go on
     assert_refused(run_evaluate(*arguments), "--resume")
     assert_refused(run_evaluate(*few[0], "--resume"), "--processes 3", "--shard")
     result = run_evaluate(*arguments, "--resume")
