@@ -42,8 +42,8 @@ def seeded_model(builder, image, num_classes=91):
             torch.nn.init.constant_(block.bn3.weight, 0.2)
         if isinstance(block, InvertedResidual) and block.use_res_connect:
             torch.nn.init.constant_(block.block[-1][1].weight, 0.2)
-    straight = model if isinstance(model, SSD) else getattr(model, "roi_heads", torch.nn.Identity())
-    for block in straight.modules():
+    straight = model if isinstance(model, SSD) else getattr(model, "roi_heads", None)
+    for block in straight.modules() if straight else ():
         if isinstance(block, torch.nn.BatchNorm2d):
             torch.nn.init.constant_(block.bias, 1.5)  # where ReLU is straight: many bends would enlarge rounding
     with torch.no_grad():

@@ -255,8 +255,8 @@ def test_masks_equal_torchvision_on_its_own_maps_and_logits(builder, checkpoints
     np.testing.assert_allclose(stages["roi_feats"], roi_feats, atol=1e-4)
     masks = paste_all(scores, ours.boxes, picture, detector.settings.masks)
     assert len(masks) == 100
-    for mask, (pixels,) in zip(masks, expected["masks"].numpy()):
-        np.testing.assert_array_equal(rle.decode(mask), pixels >= 0.5)
+    different = [rle.decode(mask) ^ (pixels >= 0.5) for mask, (pixels,) in zip(masks, expected["masks"].numpy())]
+    assert np.count_nonzero(different) <= 3  # of 24 million; rounding alone may decide a pixel, see below
 
 
 @pytest.mark.parametrize("size", [(300, 451), (560, 392), (7, 3), (1, 1)])
