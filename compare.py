@@ -30,6 +30,11 @@ def pair_detections(ours, reference):
     return ours.where(chosen), reference.where(twins)
 
 
+def largest_differences(first, second):
+    """Return by how much paired Detections differ at most: boxes in pixels, and scores."""
+    return [np.abs(getattr(first, field) - getattr(second, field)).max(initial=0) for field in ("boxes", "scores")]
+
+
 def mask_overlap(first, second):
     """Return the IoU of two run-length encoded masks; 1 if they differ in MASK_PIXELS pixels or fewer."""
     first, second = rle.decode(first), rle.decode(second)
@@ -48,8 +53,7 @@ def any_score(detector):
 def verify_detections(title, ours, reference, other="the framework's own"):
     """Print a line for a detector's Detections against those of another one; return whether it is True."""
     first, second = pair_detections(ours, reference)
-    box_difference = np.abs(first.boxes - second.boxes).max(initial=0)
-    score_difference = np.abs(first.scores - second.scores).max(initial=0)
+    box_difference, score_difference = largest_differences(first, second)
     equal = len(first.boxes) == len(ours.boxes) == len(reference.boxes)
     equal &= bool(box_difference <= BOX_TOLERANCE and score_difference <= SCORE_TOLERANCE)
     text = f"largest difference {box_difference:.1e} px, {score_difference:.1e} in score"

@@ -133,7 +133,7 @@ def annotate_picture(detector, file, taken, watch, args):
     found = detector(image, record)
     if args.save_stages:
         pictures.save_stages(args.save_stages, stages)
-    found = chosen(found, detector.classes, args)
+    found = chosen(found, args)
     annotated, name = pictures.draw(image, found, detector.classes), pictures.free_name(file, args.out, taken)
     pictures.write_file(args.out / name, pictures.annotated_png(annotated))
     yield {"annotated": name}, found, annotated
@@ -153,22 +153,25 @@ def annotate_video(detector, file, taken, watch, args):
     with videos.Writer(args.out / name, video.rate / args.every) as writer:
         for frame in tqdm(video.frames(args.every), total=total, unit="frame"):
             watch.start()
-            found = chosen(detector(frame.image, watch.record), detector.classes, args)
+            found = chosen(detector(frame.image, watch.record), args)
             annotated = pictures.draw(frame.image, found, detector.classes)
             writer.write(annotated, frame.seconds if video.live else None)
             yield {"annotated": name, "frame": frame.number, "seconds": round(frame.seconds, 3)}, found, annotated
 
 
-def chosen(found, classes, args):
+def chosen(found, args):
     """Return those of the Detections that are confident, and of the classes that were asked for."""
     found = found.where(found.scores >= args.score_thr)
-    return (
-        found.where(np.isin(found.labels, chosen_labels(args.classes, classes))) if args.classes is not None else found
-    )
+    return found if args.labels is None else found.where(np.isin(found.labels, args.labels))
 
 
 def chosen_labels(names, classes):
-    """Return the positions of classes, given as "name,name", in their list; ModelError if there is no such class."""
+    """Return the positions of classes, given as "name,name", in their list; ModelError if there is no such class.
+
+    None, for all classes, stays None.
+    """
+    if names is None:
+        return None
     names = [names] if names in classes else [name.strip() for name in names.split(",")]
     missing = [name for name in names if name not in classes or not name]
     if missing:
@@ -261,8 +264,7 @@ def main(arguments=None):
         if args.save_stages:
             pictures.check_save_stages(args.save_stages, originals)
         detector = load(args.model, args.options, pictures.execution_of(args))
-        if args.classes is not None:
-            chosen_labels(args.classes, detector.classes)
+        args.labels = chosen_labels(args.classes, detector.classes)
         print(f"model: {args.model} ({sum(map(bool, detector.classes))} classes)")
         if args.paths and args.model.resolve() == BUNDLED:
             shapes = ", ".join(detector.classes)

@@ -5,7 +5,7 @@ python evaluate.py ANNOTATIONS FOLDER --resume         go on after an interrupti
 python evaluate.py ANNOTATIONS FOLDER --processes 4    share the pictures among four processes
 python evaluate.py ANNOTATIONS FOLDER --shard 3/16     only every sixteenth picture, from the third on
 python evaluate.py ANNOTATIONS FOLDER --merge          join the shards when all are done, and evaluate
-python evaluate.py ANNOTATIONS FOLDER --compare EXPORT another export beside --model, such as its networks in 8 bits
+python evaluate.py ANNOTATIONS FOLDER --compare EXPORT another one beside --model, such as its networks in 8 bits
 
 Writes detections.json, COCO's list of results, to the folder --out; until it is complete, a partial file beside it
 has a line for each picture. Exit status: 0 all well, 1 some pictures failed and the rest was evaluated, 2 nothing

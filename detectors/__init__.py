@@ -63,9 +63,8 @@ def load(path, options=(), execution=Execution()):  # noqa: B008, it is immutabl
 
     options: (name, value as text) of settings that shall have other values than in the files, see CHANGEABLE.
     """
-    return (
-        load_file(path, options, execution) if Path(path).suffix == ".onnx" else load_folder(path, options, execution)
-    )
+    load_it = load_file if Path(path).suffix == ".onnx" else load_folder
+    return load_it(path, options, execution)
 
 
 def load_file(path, options=(), execution=Execution()):  # noqa: B008

@@ -15,7 +15,7 @@ CPU = "CPUExecutionProvider"
 USUAL = {  # options of providers that are better than onnxruntime's own
     "CUDAExecutionProvider": {
         "use_tf32": "0",  # with products of ten bits instead of 23, boxes move by half a pixel
-        "cudnn_conv_algo_search": "HEURISTIC",  # it searches for each new size of pictures; trying all takes seconds
+        "cudnn_conv_algo_search": "HEURISTIC",  # for each new size of pictures; trying all takes most of a second
     },
 }
 BLOCK = 2**26  # bytes of input that a network takes at once; what it computes from them is several times as much

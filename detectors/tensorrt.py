@@ -34,10 +34,9 @@ def picture_shapes(settings):
     if settings.scale is None or settings.canvas:
         raise ModelError("--provider tensorrt: this detector takes pictures as large as they are, and an engine is for "
                          "a range of sizes: use cuda")  # fmt: skip
-    width, height = new_size(640, 480, settings)
-    least, most = (1, max(settings.scale)) if settings.keep_ratio else (None, None)
-    sizes = [(least or height, least or width), (height, width), (most or height, most or width)]
-    return [(1, 3, *padded_sides(*size, settings)) for size in sizes]
+    usual = new_size(640, 480, settings)[::-1]
+    least, most = ((1, 1), [max(settings.scale)] * 2) if settings.keep_ratio else (usual, usual)
+    return [(1, 3, *padded_sides(*size, settings)) for size in (least, usual, most)]
 
 
 def roi_shapes(stage, shape, settings):

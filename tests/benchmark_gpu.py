@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from compare import pair_detections  # noqa: E402
+from compare import largest_differences, pair_detections  # noqa: E402
 from demo import Stopwatch  # noqa: E402
 from detectors import BUNDLED, Execution, load  # noqa: E402
 from pictures import read_picture, run_program, write_file  # noqa: E402
@@ -44,9 +44,7 @@ def report(name, detector, image, expected):
     """Print the times of a detector, and how far what it finds is from what was expected."""
     found = detector(image)
     first, second = pair_detections(found, expected)
-    pixels, scores = (
-        np.abs(getattr(first, field) - getattr(second, field)).max(initial=0) for field in ("boxes", "scores")
-    )
+    pixels, scores = largest_differences(first, second)
     stages, whole, new_size = run_times(detector, image)
     print(f"{name:22} {whole:7.1f} ms; another size {new_size:6.0f} ms; {len(first.boxes)} of {len(expected.boxes)} "
           f"paired, {pixels:.1e} px, {scores:.1e} in score", flush=True)  # fmt: skip
@@ -69,6 +67,8 @@ def main(arguments=None):
         report(args.provider, load(export, execution=Execution(gpu)), image, expected)
         tf32 = Execution(gpu, {"use_tf32": "1"})
         report(f"{args.provider}, TF32", load(export, execution=tf32), image, expected)
+        all_tried = Execution(gpu, {"cudnn_conv_algo_search": "EXHAUSTIVE"})
+        report(f"{args.provider}, all tried", load(export, execution=all_tried), image, expected)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "detector.onnx"
             write_file(file, build(cpu).SerializeToString())

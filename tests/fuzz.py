@@ -8,7 +8,6 @@ exceptions may come out. The options are libFuzzer's (the memory is its own: wha
 dependency of the project.
 """
 
-import argparse
 import contextlib
 import copy
 import io
@@ -76,8 +75,9 @@ def run_demo(detector, data):
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         path = Path(out) / "picture"
         path.write_bytes(data)
-        args = argparse.Namespace(out=Path(out), score_thr=0, show=False)
-        failures = demo.run(detector, [str(path)], args)
+        args = demo.read_arguments(["--out", out, "--score-thr", "0"])
+        args.labels = None  # all classes
+        failures, _ = demo.run(detector, [str(path)], args)
         for results in Path(out).glob("*.json"):
             json.loads(results.read_text(), parse_constant=refuse)
         written = {entry.name for entry in Path(out).iterdir()} - {"picture"}

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, SHAPES, call_program, default_sigint
 
 import evaluate
-from detectors import ModelError, rle
+from detectors import ModelError, load, rle
 from detectors.faster_rcnn import FasterRCNN
 from detectors.settings import Preprocess
 
@@ -484,6 +484,23 @@ def test_another_run_is_not_resumed(few, options, monkeypatch):
     assert_refused(result, "2-of-2.jsonl belongs to another", options[0])
     (few[1] / "detections.1-of-2.jsonl").write_text("{\n")
     assert_refused(run_evaluate(*arguments, "--resume"), "1-of-2.jsonl is damaged")
+
+
+def test_what_changes_numbers_is_another_run(few, monkeypatch):
+    """Which of several GPUs it is does not; nor does the CPU, which does the rest anyway."""
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    settings = load(SHAPES).settings
+    options = (
+        [],
+        ["--provider", "cuda"],
+        ["--provider", "cuda,cpu", "--provider-option", "device_id=1"],
+        ["--provider", "cuda", "--provider-option", "use_tf32=1"],
+    )
+    lines = [evaluate.read_arguments([*map(str, few[0]), *each]) for each in options]
+    cpu, cuda, other_gpu, tf32 = (evaluate.describe_run(settings, args) for args in lines)
+    assert cuda == other_gpu
+    assert cuda not in (cpu, tf32)
 
 
 def test_what_fails_in_one_of_several_processes(few, pictures, tmp_path):

@@ -9,7 +9,7 @@ from boxes import assert_equal_detections
 from conftest import SHAPES, TABLES
 
 import whole
-from compare import pair_detections
+from compare import largest_differences, pair_detections
 from detectors import Execution, ModelError, load, tensorrt
 from detectors.preprocess import preprocess
 from detectors.settings import changed
@@ -173,10 +173,7 @@ def compare_and_tabulate(name, detector, expected, images, least):
         assert_equal_detections(found, wanted, 0.1)
     assert sum(len(wanted.boxes) for _, wanted in pairs) >= least
     pairs = [pair_detections(*pair) for pair in pairs]
-    pixels, scores = (
-        max(np.abs(getattr(a, field) - getattr(b, field)).max(initial=0) for a, b in pairs)
-        for field in ("boxes", "scores")
-    )
+    pixels, scores = np.max([largest_differences(*pair) for pair in pairs], axis=0)
     times = milliseconds(detector, images[0]), milliseconds(expected, images[0])
     TABLES[TITLE].append([name, f"{pixels:.1e} px", f"{scores:.1e} in score", f"GPU {times[0]}", f"CPU {times[1]}"])
 

@@ -23,7 +23,7 @@ import graphs  # noqa: E402
 import graphs.postprocess  # noqa: E402
 import postprocess  # noqa: E402
 import whole  # noqa: E402
-from compare import pair_detections, verify_detections  # noqa: E402
+from compare import largest_differences, pair_detections, verify_detections  # noqa: E402
 from detectors import ModelError, load  # noqa: E402
 from detectors.cascade_rcnn import refine  # noqa: E402
 from detectors.paa import PAA  # noqa: E402
@@ -80,10 +80,7 @@ def assert_one_line(stderr, *words):
 def tabulate(runtime, name, pairs):
     """Add a row to the table of how far what was found is from what NumPy finds, at most: pairs of Detections."""
     pairs = [pair_detections(*pair) for pair in pairs]
-    pixels, scores = (
-        max(np.abs(getattr(a, field) - getattr(b, field)).max(initial=0) for a, b in pairs)
-        for field in ("boxes", "scores")
-    )
+    pixels, scores = np.max([largest_differences(*pair) for pair in pairs], axis=0)
     row = [runtime, name, f"{len(pairs)} pictures", f"{pixels:.1e} px", f"{scores:.1e} in score"]
     TABLES["In one file, against the networks and NumPy: largest differences"].append(row)
 
