@@ -322,7 +322,7 @@ def test_the_next_frames_are_read_meanwhile_and_no_more_than_a_few(tmp_path):
 @pytest.mark.slow
 def test_memory_stays_flat(tmp_path):
     clip, found = write_clip(tmp_path / "clip.mp4", 3000), load(SHAPES)(np.zeros((60, 80, 3), np.uint8))
-    args = SimpleNamespace(out=tmp_path, every=1, show=False, score_thr=2, classes=None)
+    args = SimpleNamespace(out=tmp_path, every=1, show=False, score_thr=2, labels=None)
     like, peaks = load(SHAPES), []
     detector = Detector(like, lambda image, record: found)
     watch = SimpleNamespace(start=lambda: None, record=None)
