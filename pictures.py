@@ -5,6 +5,7 @@ import glob
 import io
 import os
 import secrets
+import signal
 import struct
 import sys
 import zlib
@@ -296,7 +297,11 @@ def execution_of(args):
 
 
 def run_program(main):
-    """Run a program's main and exit with its status, even if stdout is closed, full, or cannot encode a name."""
+    """Run a program's main and exit with its status, even if stdout is closed, full, or cannot encode a name.
+
+    The signal that `kill`, `timeout` and `docker stop` send interrupts it as Ctrl-C does: KeyboardInterrupt.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed; else the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

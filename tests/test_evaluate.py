@@ -422,10 +422,11 @@ def send_to_second(process, how):
     [
         (subprocess.Popen.send_signal, signal.SIGINT, 130, "interrupted"),
         (lambda process, how: os.killpg(process.pid, how), signal.SIGINT, 130, "interrupted"),  # as a terminal does it
+        (subprocess.Popen.send_signal, signal.SIGTERM, 130, "interrupted"),
         (subprocess.Popen.send_signal, signal.SIGKILL, -signal.SIGKILL, None),
         (send_to_second, signal.SIGKILL, 2, "process 2 of 3 ended too early"),
     ],
-    ids=["interrupted", "all interrupted", "killed", "a process killed"],
+    ids=["interrupted", "all interrupted", "terminated", "killed", "a process killed"],
 )
 def test_several_processes_stopped_and_resumed(few, whole, stop, how, status, words):
     arguments, out = [*few[0], "--processes", "3"], few[1]

@@ -333,7 +333,8 @@ def test_memory_stays_flat(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_the_file_plays(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_the_file_plays(tmp_path, how):
     clip = write_clip(tmp_path / "clip.mp4", 400)
     process = subprocess.Popen(
         [sys.executable, ROOT / "demo.py", clip, "--out", tmp_path / "out", "--model", SHAPES],
@@ -344,7 +345,7 @@ def test_interrupted_the_file_plays(tmp_path):
         if "frames a second" in line:
             break
     time.sleep(4)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "interrupted: what was done is written" in stderr
