@@ -103,13 +103,18 @@ class Video:
                         break
                     if self.live:
                         empty(waiting)
-                    seconds = time.monotonic() - start if self.live else self.count / self.rate
+                    seconds = time.monotonic() - start if self.live else self.position()
                     waiting.put(Frame(self.count, seconds, image))
                 self.count += 1
         except (cv2.error, MemoryError) as error:
             self.error = error
         finally:
             waiting.put(None)
+
+    def position(self):
+        """Return the time in seconds of the frame that was grabbed: a phone's videos have no constant rate."""
+        milliseconds = self.capture.get(cv2.CAP_PROP_POS_MSEC)  # 0 where the container does not say
+        return milliseconds / 1000 if milliseconds > 0 else self.count / self.rate
 
     def check_end(self):
         """Refuse an end that is none: VideoError."""

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -92,6 +93,32 @@ def test_every_third_frame(tmp_path):
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(RATE / 3, abs=0.01)
     assert len(frames_of(tmp_path / "out" / "clip.mp4")) == 7
+
+
+def slow_down(path, start, factor):
+    """Show the frames of a clip from `start` on each so many times as long, as write_clip cannot."""
+    data = bytearray(path.read_bytes())
+    table = data.index(b"stts") - 4  # how many frames last how long
+    size, name, flags, entries, count, duration = struct.unpack_from(">I4s4I", data, table)
+    assert entries == 1
+    slower = (start, duration, count - start, factor * duration)
+    data[table : table + size] = struct.pack(">I4s6I", size + 8, name, flags, 2, *slower)
+    for parent in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        at = data.index(parent) - 4
+        struct.pack_into(">I", data, at, struct.unpack_from(">I", data, at)[0] + 8)
+    path.write_bytes(data.replace(b"edts", b"free"))  # which would end it where it ended before
+    return path
+
+
+def test_frames_that_last_longer(tmp_path):
+    clip = slow_down(write_clip(tmp_path / "clip.mp4", 20), 10, 3)
+    assert call(clip, "--every", "2", "--out", tmp_path / "out").returncode == 0
+    _, images = read_results(tmp_path / "out")
+    assert [image["frame"] for image in images] == list(range(0, 20, 2))
+    assert [image["seconds"] for image in images] == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.1, 1.4, 1.7]
+    annotated = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert annotated.get(cv2.CAP_PROP_FRAME_COUNT) == 10
+    assert annotated.get(cv2.CAP_PROP_FPS) == pytest.approx(5, abs=0.3)  # 20 frames in 2 seconds, of which every other
 
 
 def test_pictures_and_videos_together(tmp_path):
