@@ -99,7 +99,7 @@ def run(detector, files, args):
                         show(annotated, annotate is annotate_picture)
             except (ModelError, VideoError, OSError, ValueError, MemoryError, cv2.error) as error:
                 failures += 1
-                tqdm.write(f"demo.py: {pictures.printable(file)}: {one_line(error)}", file=sys.stderr)
+                tqdm.write(f"demo.py: {pictures.about(file, error)}", file=sys.stderr)
     finally:  # also when interrupted
         if images:
             write_results(args.out, images, results, zip(category_ids, detector.classes))
@@ -147,10 +147,10 @@ def annotate_video(detector, file, taken, watch, args):
     video = Video(file)
     stem = file.replace(":", "_") if video.live else file
     name = pictures.free_name(stem, args.out, taken, ".mp4", replace=not video.live)  # a camera's is the only one
-    written = pictures.printable(args.out / name)
-    print(f"{pictures.printable(file)}: {video.rate:g} frames a second, to {written} ({videos.CODEC})")
     total = -(-video.length // args.every) or None
     with videos.Writer(args.out / name, video.rate / args.every) as writer:
+        written = pictures.printable(args.out / name)
+        print(f"{pictures.printable(file)}: {writer.rate:g} frames a second, to {written} ({videos.CODEC})")
         for frame in tqdm(video.frames(args.every), total=total, unit="frame"):
             watch.start()
             found = chosen(detector(frame.image, watch.record), args)
@@ -256,9 +256,12 @@ def main(arguments=None):
         files, problems = pictures.find_pictures(args.paths or [str(PICTURE)], args.recursive)
         for problem in problems:
             print(f"demo.py: {problem}", file=sys.stderr)
-        originals = [file for file in files if not pictures.is_annotated(file)]
-        if len(originals) < len(files):
-            print(f"demo.py: left out, annotated by an earlier run: {len(files) - len(originals)}", file=sys.stderr)
+        annotated = list(filter(pictures.is_annotated, files))
+        originals = [file for file in files if file not in annotated]
+        if annotated:
+            more = f" and {len(annotated) - 1} more" if annotated[1:] else ""
+            print(f"demo.py: left out, annotated by an earlier run: {pictures.printable(annotated[0])}{more}",
+                  file=sys.stderr)  # fmt: skip
         if not originals:
             return 2
         if args.save_stages:
@@ -290,7 +293,7 @@ def main(arguments=None):
 if __name__ == "__main__":
     if MISSING:
         read_arguments(None)
-        hint = ": uv run demo.py installs it" if isinstance(MISSING, ModuleNotFoundError) else ""
+        hint = ": uv run demo.py installs it, or pip install ." if isinstance(MISSING, ModuleNotFoundError) else ""
         print(f"demo.py: {MISSING}{hint}", file=sys.stderr)
         sys.exit(2)
     pictures.run_program(main)

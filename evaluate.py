@@ -623,12 +623,20 @@ def check_partials(args, out):
         raise EvaluationError(f"{others[0]} is of a run in {parts} parts: go on with that, {how}; or delete it")
 
 
+def check_pictures(coco, folder):
+    """Refuse a folder that holds none of the pictures: EvaluationError."""
+    names = [image["file_name"] for image in coco.imgs.values()]
+    if not any((folder / name).exists() for name in names):
+        raise EvaluationError(f"{folder} has none of the {len(names)} pictures, such as {printable(names[0])}")
+
+
 def run(args):
     """Do what the command line says; return the exit status."""
     coco = read_annotations(args.annotations)
     if not args.folder.is_dir():
         raise EvaluationError(f"{args.folder} is not a folder")
     if not args.merge:
+        check_pictures(coco, args.folder)
         for _, out in exports_of(args):
             check_partials(args, out)
     if args.compare:  # what is wrong with it is said before the first one runs for hours

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 import videos
-from detectors import Execution, ModelError, rle
+from detectors import Execution, ModelError, one_line, rle
 from detectors.networks import short
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of what is taken from a folder
@@ -26,6 +26,12 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of wha
 def printable(path):
     """Return a path in a form that prints on one line."""
     return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def about(path, error):
+    """Return what is wrong with a file as one line that begins with its name."""
+    name, text = printable(path), one_line(error)
+    return text if text.startswith(name) else f"{name}: {text}"
 
 
 def is_annotated(path):

@@ -280,7 +280,8 @@ def assign_levels(rois, num_levels, finest_scale=56):
 def to_cells(rois, stride, aligned):
     """Return where RoIs [r, 4] begin (x, y) and how large they are (width, height), in cells of a level: [r, 2] each.
 
-    `aligned` says that a cell's value stands at its centre, half a cell from its corner (the Align in RoIAlign).
+    With `aligned`, a cell's value stands at its centre, half a cell from its corner. Without, it stands at the corner,
+    and a RoI is at least one cell long. Nothing is rounded in either case.
     """
     cells = rois * np.float32(1 / stride) - np.float32(0.5 if aligned else 0)
     start, size = cells[:, :2], cells[:, 2:] - cells[:, :2]

@@ -147,7 +147,7 @@ def read_arguments(arguments):
         help="another value for a setting, such as head.score_threshold=0.3; may be repeated")  # fmt: skip
     add("--picture", metavar="FILE", type=Path, default=HERE / "asset" / "shapes.png",
         help="in which detections are compared (default: the bundled picture)")  # fmt: skip
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def checked_picture(path, settings):
@@ -164,6 +164,8 @@ def check_out(out, folder, settings):
     """Refuse a file that cannot be written, or that the export in the folder would be lost by: ModelError."""
     if out.is_dir() or not out.parent.is_dir():
         raise ModelError(f"{out}: " + ("a folder: name a file in it" if out.is_dir() else "there is no such folder"))
+    if out.suffix != ".onnx":
+        raise ModelError(f"{out}: name a file that ends in .onnx")
     if out.resolve() in [(folder / name).resolve() for name in {*settings.networks, *FIRST}]:
         raise ModelError(f"{out} is a name of the export's networks: choose another one")
 
@@ -191,6 +193,6 @@ def main(arguments=None):
 if __name__ == "__main__":
     if MISSING:
         read_arguments(None)
-        print(f"whole.py: {MISSING}: uv run --extra whole installs it", file=sys.stderr)
+        print(f"whole.py: {MISSING}: uv run --extra whole installs it, or pip install '.[whole]'", file=sys.stderr)
         sys.exit(2)
     run_program(main)

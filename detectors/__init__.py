@@ -61,7 +61,7 @@ def default_folder():
 def load(path, options=(), execution=Execution()):  # noqa: B008, it is immutable
     """Return the detector whose export is in a folder, or that is in one file; ModelError if it cannot run.
 
-    options: (name, value as text) of settings that shall have other values than in the files, see CHANGEABLE.
+    options: (name, value as text) of settings that shall have other values than in the files, see settings.CHANGEABLE.
     """
     load_it = load_file if Path(path).suffix == ".onnx" else load_folder
     return load_it(path, options, execution)
@@ -113,11 +113,15 @@ def with_options(settings, options):
 
 
 def first_file(folder):
-    """Return the name of the file in a folder that takes the picture; ModelError if there are two."""
+    """Return the name of the file in a folder that takes the picture; ModelError if there are none, or two."""
     found = [name for name in FIRST if (folder / name).exists()]
     if len(found) > 1:
         raise ModelError(f"{folder} holds two exports, {' and '.join(found)}: move one to a folder of its own")
-    return (found or FIRST)[0]
+    if not found:
+        single = folder / "detector.onnx"
+        hint = f"for the detector in one file, name {single}" if single.exists() else "export.py writes one"
+        raise ModelError(f"{folder} holds no export, neither {' nor '.join(FIRST)}: {hint}")
+    return found[0]
 
 
 def read_metadata(network):

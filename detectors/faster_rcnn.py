@@ -29,7 +29,7 @@ class FasterRCNN:
     def find_proposals(self, picture, record):
         """Return the features of every level, and the proposals [r, 4]."""
         # Where could something be? Scores and deltas for the anchors of every level.
-        maps = [tensor[0] for tensor in self.networks["model1.onnx"](picture.blob, record)]
+        maps = [tensor[0] for tensor in self.networks["model1.onnx"](picture.blob, record)]  # of the only picture
         n = len(maps) // 3
         cls, reg, features = maps[:n], maps[n : 2 * n], maps[2 * n :]
         return features, propose(cls, reg, picture.image_size, self.settings.proposals, record)

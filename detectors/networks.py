@@ -27,7 +27,8 @@ class ModelError(Exception):
 
 def one_line(error):
     """Return the message of an exception as one line that cannot do anything to a terminal."""
-    text = " ".join(str(error).split())
+    named = isinstance(error, OSError) and error.strerror and error.filename
+    text = " ".join((f"{error.filename}: {error.strerror}" if named else str(error)).split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -93,7 +94,7 @@ class Network:
     def __init__(self, path, keep_memory=True, execution=Execution()):  # noqa: B008, it is immutable
         self.path, self.tensors = Path(path), {}
         if not self.path.is_file():
-            raise ModelError(f"{path} does not exist: export a model with export.py, or name its folder with --model")
+            raise ModelError(f"{path} does not exist: export again")
         self.keep_memory = keep_memory
         self.open(execution)
 

@@ -47,9 +47,7 @@ class Preprocess(Settings, kw_only=True):
     pad_divisor: Count  # height and width are padded to multiples of it
     pad_to_square: bool = False  # both are padded to the longer one first
     pad_value: Number = 0  # what the network takes there
-    canvas: Natural = (
-        0  # above 0, for pictures that keep their size: they stand in the middle of black, see in_the_middle
-    )
+    canvas: Natural = 0  # above 0: pictures keep their size, in the middle of black, see in_the_middle
 
 
 class Anchors(Settings, kw_only=True):
@@ -61,7 +59,7 @@ class Anchors(Settings, kw_only=True):
     ratios: Positives  # height / width
     center_offset: Number  # from a cell's upper left corner to the centre of its anchors, in base sizes
     rounded: bool = False  # the first cell's anchors have their corners at whole pixels
-    strides_of_maps: bool = False  # cells are as far apart as their map's side divides the input's, see level_anchors
+    strides_of_maps: bool = False  # cells are as far apart as their map's side divides the input's, see map_stride
 
     def __post_init__(self):
         """Check what no single field can."""
@@ -113,7 +111,7 @@ class RoIs(Settings, kw_only=True):
     strides: Counts  # of the levels that RoIs read, the finest first
     finest_scale: Positive  # RoIs below twice this size read the finest level
     output_size: Count  # bins per side
-    sampling_ratio: Natural  # of a bin along each axis; 0: its length in cells, rounded up
+    sampling_ratio: Natural  # points of a bin along each axis; 0: its length in cells, rounded up
     aligned: bool  # a cell's value stands at its centre (False: at its corner, as before Detectron2)
 
 

@@ -1,9 +1,10 @@
 """Faster R-CNN between and after its two networks, told a second time: as operators of an ONNX graph.
 
-Every function has the name of one in the other postprocess.py, stands in its order, and takes the same arguments; that
-file says what it computes and why. Here nothing is computed: a function adds the nodes to a graph that will compute it.
-`op` adds a node, op.Exp(x) say, and returns its output, a *value*; +, -, * and / of values add nodes, too. What is
-known by now, such as anchors and thresholds, is worked out in NumPy and becomes a constant of the graph.
+From grid_anchors on, a function has the name of one in the other postprocess.py (but clip_boxes, a line there), stands
+in its order, and takes the same arguments after `op`; that file says what it computes and why. Here nothing is
+computed: a function adds the nodes to a graph that will compute it. `op` adds a node, op.Exp(x) say, and returns its
+output, a *value*; +, -, * and / of values add nodes, too. What is known by now, such as anchors and thresholds, is
+worked out in NumPy and becomes a constant of the graph.
 
 Only what the standard has an operator for is shorter: TopK, NonMaxSuppression (which turns a box around whose corners
 are in the wrong order; no family makes such boxes) and RoiAlign.
@@ -127,7 +128,7 @@ def moved_apart(op, boxes, groups, settings):
 
 
 def batched_nms(op, boxes, scores, groups, num_groups, settings):
-    """Return the indices that NMS keeps of boxes [n, 4], no more than settings.max_per_img.
+    """Return the indices that NMS keeps of boxes [n, 4] in groups 0 to num_groups - 1, settings.max_per_img at most.
 
     The operator takes a score of every box for every group; a box has its own score for its own group.
     """

@@ -239,10 +239,12 @@ def test_an_annotated_picture_is_no_input_even_by_its_name(tmp_path, picture):
     annotated.write_bytes(annotated_png(cv2.imread(str(picture))))
     before = annotated.read_bytes()
     result = call_demo(annotated, picture, "--out", tmp_path / "out", "--model", SHAPES)
-    assert (result.returncode, result.stderr) == (0, "demo.py: left out, annotated by an earlier run: 1\n")
+    assert (result.returncode, result.stderr) == (0, f"demo.py: left out, annotated by an earlier run: {annotated}\n")
     assert names_in(tmp_path / "out") == {"picture.png"}
-    result = call_demo(annotated, "--out", tmp_path, "--model", SHAPES)
-    assert (result.returncode, result.stderr) == (2, "demo.py: left out, annotated by an earlier run: 1\n")
+    (tmp_path / "zebra.png").write_bytes(before)
+    result = call_demo(annotated, tmp_path / "zebra.png", "--out", tmp_path, "--model", SHAPES)
+    assert result.returncode == 2
+    assert result.stderr == f"demo.py: left out, annotated by an earlier run: {annotated} and 1 more\n"
     assert annotated.read_bytes() == before
 
 

@@ -143,7 +143,7 @@ def test_a_second_run_knows_the_videos_of_the_first(tmp_path):
         assert result.returncode == 0, result.stderr
         assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["clip.mp4"]
         assert len(frames_of(tmp_path / "out" / "clip.mp4")) == 2
-    assert "left out, annotated by an earlier run: 1" in result.stderr
+    assert f"left out, annotated by an earlier run: {tmp_path / 'out' / 'clip.mp4'}\n" in result.stderr
     assert pictures.is_annotated(tmp_path / "out" / "clip.mp4")
     assert not pictures.is_annotated(clip)
 

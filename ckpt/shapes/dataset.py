@@ -1,6 +1,7 @@
 """Draw pictures of simple shapes and their COCO annotations, the same ones every time.
 
 python ckpt/shapes/dataset.py                       the training and the held-out pictures, to ckpt/shapes/data
+python ckpt/shapes/dataset.py --split val           the held-out pictures alone
 python ckpt/shapes/dataset.py --seed 7 FILE.png     one picture from a seed of your own
 """
 
@@ -192,13 +193,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", help="one picture, with --seed")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--split", choices=list(SPLITS), help="draw only this one")
     args = parser.parse_args(arguments)
     if (args.file is None) != (args.seed is None):
         parser.error("a seed and a file go together")
     if args.file:
         cv2.imwrite(args.file, draw_picture(args.seed)[0])
         return
-    for name in SPLITS:
+    for name in [args.split] if args.split else SPLITS:
         write_split(Path(__file__).parent / "data", name)
 
 
