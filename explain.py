@@ -197,12 +197,17 @@ def tell_input(settings, width, height, which):
     sides = f"make both sides multiples of {divisor}, because the {which} halves the picture again and again."
     if settings.canvas:
         return f"The picture keeps its size. It is put in the middle of black pixels, which {sides} Then {normalised}."
-    resized = f"to {width} x {height} pixels, whatever its shape"
-    if settings.keep_ratio:
+    resized = f"is resized to {width} x {height} pixels, whatever its shape"
+    if settings.scale is None:
+        resized = "keeps its size"
+    elif settings.keep_ratio:
         long_side, short_side = max(settings.scale), min(settings.scale)
-        resized = f"until its long side is {long_side} pixels or its short side {short_side}, whichever comes first"
+        resized = (
+            f"is resized until its long side is {long_side} pixels or its short side {short_side}, whichever comes "
+        )
+        resized += "first"
     order = "Before that" if settings.normalize_first else "Then"
-    text = f"The picture is resized {resized}. {order} {normalised}. "
+    text = f"The picture {resized}. {order} {normalised}. "
     filler = name_of_padding(settings)
     if settings.pad_to_square:
         return text + (
@@ -546,7 +551,7 @@ def draw_nms(p, shown=12):
     before, kept, after = len(stage["candidates"]), len(stage["kept"]), len(p.detections.boxes)
     name = "NMS" if p.settings.head.soft_min_score is None else "Soft-NMS"
     name += " of all classes together" if of_all_classes(p) else " class by class"
-    caption = f"{name}: {before:,} boxes above the score threshold, {kept:,} kept, {after:,} returned"
+    caption = f"{name}: {before:,} candidates, {kept:,} kept, {after:,} returned"
     figure = new_figure(max(panel_height(p.image, 1.8), 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     show(left, p.image[..., ::-1], "solid: kept; dashed: removed", fade=0.4)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from detectors.paa import PAA
 from figures import (
     PALETTE,
     SCORES,
@@ -122,20 +123,31 @@ def tell_scores(p):
 
 def draw_candidates(p, shown=60):
     """Draw the best boxes of each level, and what NMS keeps of them."""
-    stage, head = p.detect, p.settings.head
+    stage = p.detect
     before, kept, after = len(stage["candidates"]), len(stage["kept"]), len(p.detections.boxes)
-    caption = f"Candidates: {before:,} boxes above the score threshold, {kept:,} kept by NMS, {after:,} returned"
+    caption = f"Candidates: {before:,}, of which NMS keeps {kept:,}; {after:,} returned"
     figure = draw_before_and_after(p.resized, stage["resized"], stage, after, shown, "score")
     counts = np.bincount(stage["levels"], minlength=len(p.strides)).tolist()
-    most = f"the best {head.nms_pre:,} of each level" if head.nms_pre > 0 else "all of them"
     text = (
-        f"A class of a cell is a candidate if its score is above {head.score_threshold:g}; {most} get a box. That "
-        f"makes {listed(counts)} on {level_names(len(counts))}. Neighbouring cells see the same object, so boxes "
-        "crowd around it, and NMS keeps the best one of each class. Drawn are the best boxes of each level before and "
-        "after it."
+        f"{tell_choice(p)} That makes {listed(counts)} on {level_names(len(counts))}. Neighbouring cells see the same "
+        "object, so boxes crowd around it, and NMS keeps the best one of each class. Drawn are the best boxes of each "
+        "level before and after it."
     )
     functions = f"detectors.one_stage.best_candidates, {module_of(p)}.decode, detectors.one_stage.suppress"
     return Page("candidates", caption, text, functions, figure)
+
+
+def tell_choice(p):
+    """Return the text about which answers of the network are candidates."""
+    head, prior = p.settings.head, "anchor" if has_anchors(p) else "point"
+    which = f"{'The best class' if head.one_class else 'A class'} of {'an' if has_anchors(p) else 'a'} {prior}"
+    most = "all of them get a box"
+    if head.nms_pre_per_class is not None:
+        most = f"the best {head.nms_pre_per_class:,} of each class get a box"
+    elif head.nms_pre > 0:
+        what = f" {prior}s, with all their classes," if isinstance(p.detector, PAA) else ""
+        most = f"on each level, the best {head.nms_pre:,}{what} get a box"
+    return f"{which} is a candidate if its score is above {head.score_threshold:g}; {most}."
 
 
 # ---------------------------------------------------------------------- without priors

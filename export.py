@@ -181,7 +181,8 @@ def export(source, out, opset, picture):
             return False
         for name in source.networks:
             os.replace(Path(folder) / name, out / name)
-        (out / "detector.onnx").unlink(missing_ok=True)  # of older networks, see whole.py
+        quantize.remove_sets(out)
+        (out / "detector.onnx").unlink(missing_ok=True)  # see whole.py
     print(f"written: {', '.join(str(out / name) for name in source.networks)}")
     return True
 

@@ -82,6 +82,11 @@ def detect(detector, picture, record=ignore):
         return detector(read_picture(picture), record)
 
 
+def described(pictures):
+    """Return the names of pictures as text, the first of many."""
+    return ", ".join(map(str, pictures[:3])) + (", ..." if pictures[3:] else "")
+
+
 def record_inputs(detector, pictures, folder, score=SCORE):
     """Detect in pictures and save what each network takes there to a folder; return {network: [files]}.
 
@@ -99,8 +104,8 @@ def record_inputs(detector, pictures, folder, score=SCORE):
     for picture in tqdm(pictures, desc="calibrate", unit="picture"):
         confident += np.count_nonzero(detect(detector, picture, keep).scores > score)
     if not confident or not all(files.values()):
-        raise SourceError(f"the detector finds nothing above {score} in these pictures, so they say nothing about it: "
-                          "name a folder of pictures such as it will see")  # fmt: skip
+        raise SourceError(f"the detector finds nothing above {score} in {described(pictures)}, so it says nothing "
+                          "about it: take pictures such as it will see")  # fmt: skip
     return files
 
 
@@ -143,12 +148,12 @@ def give_own_biases(model):
             taken.add(node.input[2])
 
 
-def converted(convert, path, *arguments):
-    """Return what a converter makes of the network in a file; SourceError if it fails."""
+def converted(name, step, *arguments):
+    """Return what a step in the conversion of a network returns; SourceError with the network's name if it fails."""
     try:
-        return convert(path, *arguments)
-    except Exception as error:  # the converters' errors have no common base class
-        raise SourceError(f"{path} cannot be converted: {type(error).__name__}: {one_line(error)}") from error
+        return step(*arguments)
+    except Exception as error:  # the errors of the libraries have no common base class
+        raise SourceError(f"{name} cannot be converted: {type(error).__name__}: {one_line(error)}") from error
 
 
 def to_int8(path, files, reduce_range):
@@ -183,7 +188,9 @@ def overflows(model, array):
     inferred = onnx.shape_inference.infer_shapes(model)
     halves = [value for value in inferred.graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16]
     inferred.graph.output.extend(halves)
-    session = onnxruntime.InferenceSession(inferred.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised; onnxruntime would print them as well
+    session = onnxruntime.InferenceSession(inferred.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in halves]
     found = session.run(names, {model.graph.input[0].name: array})
     return [name for name, values in zip(names, found) if not np.isfinite(values).all()]
@@ -276,10 +283,19 @@ def drop_unused_domains(model):
 
 def save_set(models, detector, note, folder):
     """Save the networks of another export of a detector to a folder; note: what was done to them."""
-    for model in models.values():
+    for name, model in models.items():
         drop_unused_domains(model)
-        check_standard(model)
+        converted(name, check_standard, model)
     save_networks(models, changed(detector.settings, "source", {**detector.settings.source, **note}), folder)
+
+
+def remove_sets(folder):
+    """Remove what was made of an export in a folder that has been replaced."""
+    for kind in ("int8", "int8-rejected", "fp16", "fp16-rejected"):
+        for path in (folder / kind).glob("*.onnx"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            (folder / kind).rmdir()  # if nothing else is in it
 
 
 def place(names, work, folder, kind, good):
@@ -300,7 +316,7 @@ def compared(first, second, pictures, kind, score=SCORE):
     """Print how alike two detectors are in pictures; return their Likeness. SourceError if nothing is found there."""
     alike = likeness(first, second, pictures, score)
     if not any(alike.counts):
-        raise SourceError(f"nothing is found in {', '.join(map(str, pictures[:3]))}{', ...' if pictures[3:] else ''}, "
+        raise SourceError(f"nothing is found in {described(pictures)}, "
                           f"so {kind} cannot be compared: take other pictures, or more")  # fmt: skip
     print(describe(alike, kind, pictures), end="  ")
     return alike
@@ -319,7 +335,7 @@ def write_int8(folder, calibrating, measuring):
     with tempfile.TemporaryDirectory(dir=folder, prefix=".int8-") as work:
         work = Path(work)
         files, reduce_range = record_inputs(detector, calibrating, work), saturates()
-        models = {name: converted(to_int8, folder / name, files[name], reduce_range) for name in files}
+        models = {name: converted(name, to_int8, folder / name, files[name], reduce_range) for name in files}
         note = {"pictures": len(calibrating), "weights": 7 if reduce_range else 8}
         save_set(models, detector, {"int8": note}, work)
         good = min(compared(detector, load(work), measuring, "int8").shares) >= SHARE
@@ -338,8 +354,9 @@ def write_fp16(folder, picture):
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fp16-") as work:
         work = Path(work)
         files = record_inputs(any_score(detector), [picture], work, score=0)
-        models = {name: converted(to_fp16, folder / name) for name in detector.networks}
-        infinite = [tensor for name, model in models.items() for tensor in overflows(model, np.load(files[name][0]))]
+        models = {name: converted(name, to_fp16, folder / name) for name in detector.networks}
+        inputs = {name: np.load(files[name][0]) for name in models}
+        infinite = [tensor for name in models for tensor in converted(name, overflows, models[name], inputs[name])]
         save_set(models, detector, {"fp16": True}, work)
         alike = compared(any_score(detector), any_score(load(work)), [picture], "fp16", score=0)
         good = min(alike.shares) >= SHARE and alike.worst <= HALF_SCORE and not infinite

@@ -29,7 +29,7 @@ def best_peaks(heatmap, size, offset, picture, settings, record=ignore):
     """Turn maps into Detections, best first, no more than settings.max_per_img.
 
     heatmap [classes, h, w]: scores; size [2, h, w]: width and height of the box around a cell, and offset [2, h, w]:
-    how far its centre is from the cell's corner, along x and y; both in cells. CenterNet, section 3, From points to
+    how far its centre is from the cell's corner, along x and y; both in cells. CenterNet, section 4, From points to
     bounding boxes.
     """
     scores = np.where(heatmap == largest_around(heatmap), heatmap, 0).ravel()

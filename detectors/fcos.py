@@ -28,7 +28,8 @@ class FCOS(OneStage):
         if points.bins:
             distances = softmax(distances.reshape(-1, 4, points.bins)) @ np.arange(points.bins, dtype=np.float32)
         elif points.exponential:
-            distances = np.exp(distances)
+            with np.errstate(over="ignore"):  # the box is clipped
+                distances = np.exp(distances)
         distances = distances * np.float32(points.units[level])
         centers = grid_points(sizes[level], map_stride(level, sizes, points), points.offset, priors)
         boxes = np.concatenate([centers - distances[:, :2], centers + distances[:, 2:]], axis=1)

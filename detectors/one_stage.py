@@ -14,7 +14,7 @@ import numpy as np
 from detectors.one_network import OneNetwork
 from postprocess import Detections, batched_nms, ignore, rescale, sigmoid, softmax, top_k
 
-MARGIN = 1e-3  # of logits: so near the threshold, rounding may decide, and scores are compared
+MARGIN = 1e-6  # of scores: so near the threshold, rounding may decide, and scores are compared
 
 
 class Candidates(NamedTuple):
@@ -83,7 +83,7 @@ def best_candidates(logits, factor, a, settings):
     else:
         # Of a million logits few are above the threshold's; only they need an exponential. A factor is 1 at most.
         lowest = max(settings.score_threshold, 0) ** (2 if settings.combined == "root" else 1)
-        likely = logits > logit(lowest) - MARGIN
+        likely = logits > logit(lowest - MARGIN)
         if settings.one_class:
             likely &= np.arange(logits.shape[1])[:, None] == logits.argmax(axis=1)[:, None]
         which, label, cell = np.nonzero(likely)

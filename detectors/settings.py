@@ -49,6 +49,11 @@ class Preprocess(Settings, kw_only=True):
     pad_value: Number = 0  # what the network takes there
     canvas: Natural = 0  # above 0: pictures keep their size, in the middle of black, see in_the_middle
 
+    def __post_init__(self):
+        """Check what no single field can."""
+        if self.canvas and self.scale is not None:
+            raise ValueError("with a canvas, pictures keep their size, so scale has to be null")
+
 
 class Anchors(Settings, kw_only=True):
     """The boxes that stand at every cell; strides and base sizes are one per level, the finest first."""
@@ -180,10 +185,10 @@ class Dense(Suppression, kw_only=True):
     """From the maps of a one-stage detector to detections."""
 
     score_threshold: Number  # a class is dropped unless its score is above it
-    nms_pre: int  # how many candidates of each level are decoded, best first; below 1: all
+    nms_pre: int  # how many candidates of each level (of PAA: priors) are decoded, best first; below 1: all
     nms_pre_per_class: Optional[Count] = None  # how many of each class, of all levels, NMS sees; None: all
     softmax: bool = False  # the classes and the background, the last, compete; False: each class has its own sigmoid
-    one_class: bool = False  # a prior is a candidate for its best class alone
+    one_class: bool = False  # a prior is a candidate for its best class alone, the one with the largest logit
     factor: Text = ""  # the name of a map whose sigmoid is a factor of all classes' scores, such as centerness
     combined: Literal["last", "product", "root"] = "last"  # score and factor: "last" multiplies what was chosen by the
     # score alone; for the others, the product or its root is the score from the beginning
@@ -191,6 +196,13 @@ class Dense(Suppression, kw_only=True):
     max_per_img: Optional[Count] = None  # at most this many boxes are kept, the best; None: all
     nms_resized: bool = False  # NMS sees boxes in pixels of the resized picture; False: of the picture as it came in
     multiplied_back: bool = False  # boxes are multiplied by original / resized size; False: divided, see rescale
+
+    def __post_init__(self):
+        """Check what no single field can."""
+        if self.combined != "last" and not self.factor:
+            raise ValueError(f"combined is {self.combined!r}, but there is no factor")
+        if self.softmax and self.one_class:
+            raise ValueError("softmax and one_class exclude each other")
 
 
 class Queries(Settings, kw_only=True):

@@ -31,7 +31,7 @@ def options_for(network, settings):
 
 def picture_shapes(settings):
     """Return the smallest, a usual and the largest shape [1, 3, H, W] that preprocess makes of a picture."""
-    if settings.scale is None or settings.canvas:
+    if settings.scale is None:
         raise ModelError("--provider tensorrt: this detector takes pictures as large as they are, and an engine is for "
                          "a range of sizes: use cuda")  # fmt: skip
     usual = new_size(640, 480, settings)[::-1]

@@ -6,6 +6,7 @@ YOLOv3 (1804.02767) has three anchors in a cell. YOLOX (2107.08430) has none: it
 
 import numpy as np
 
+from detectors.networks import ModelError
 from detectors.retina_net import RetinaNet
 from detectors.settings import YOLOSettings
 from postprocess import sigmoid
@@ -20,11 +21,15 @@ class YOLO(RetinaNet):
         """Return the boxes [n, 4] of some anchors of a level; they may leave the picture. levels: the maps of each.
 
         The four values are how the centre moves along x and y, in strides, and the logarithms of the factors of width
-        and height. YOLOv3, section 2.1; YOLOX, section 2.1.
+        and height. YOLOv3, section 2.1; YOLOX, section 2.1. ModelError if a box is
+        infinitely large.
         """
         boxes, values = self.anchors_and_values(level, levels, priors)
         stride = np.float32(self.settings.anchors.strides[level])
         shifts = sigmoid(values[:, :2]) - np.float32(0.5) if self.settings.within_cell else values[:, :2]
         centers = (boxes[:, :2] + boxes[:, 2:]) * np.float32(0.5) + shifts * stride
-        half_sizes = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.exp(values[:, 2:])
+        with np.errstate(over="ignore"):
+            half_sizes = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.exp(values[:, 2:])
+        if not np.isfinite(half_sizes).all():
+            raise ModelError("a box is infinitely large: the weights may be damaged")
         return np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)

@@ -43,7 +43,7 @@ def scored_candidates(op, logits, factor, a, settings):
         scores = op.GatherND(scores, places)
     else:
         lowest = max(settings.score_threshold, 0) ** (2 if settings.combined == "root" else 1)
-        likely = op.Greater(logits, logit(lowest) - MARGIN)
+        likely = op.Greater(logits, logit(lowest - MARGIN))
         if settings.one_class:
             best = op.ArgMax(logits, axis=1, keepdims=1)
             likely = op.And(likely, op.Equal(best, constant(op, np.arange(classes)[:, None])))

@@ -232,8 +232,9 @@ def class_names(names, content, weights, model):
     if names[:1] == ["__background__"]:
         names = names[1:]
     if len(names) != number - 1:
+        beside = "the background" if has_background(model) else "class 0, which torchvision does not train"
         raise SourceError(
-            f"the model has {number - 1} classes beside the background, but {len(names)} names: give them with "
+            f"the model has {number - 1} classes beside {beside}, but {len(names)} names: give them with "
             "--classes FILE, a name a line"
         )
     twice = [name for name, times in Counter(filter(None, map(str, names))).items() if times > 1]
@@ -427,7 +428,7 @@ def describe_one_stage(model, strides):
         nms_pre_per_class=model.topk_candidates if is_ssd else None,
         softmax=is_ssd,
         **({"factor": "centerness", "combined": "root"} if is_fcos else {}),
-        nms_first_group=int(is_ssd),
+        nms_first_group=1,  # torchvision numbers the classes from the background, or from one that is not trained
         nms_moved_up_to=MOVED_BY_NMS,
         nms_resized=True,
         multiplied_back=True,

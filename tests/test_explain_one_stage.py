@@ -2,6 +2,7 @@
 
 import re
 
+import msgspec
 import numpy as np
 import pytest
 from boxes import NO_MEANS
@@ -14,11 +15,13 @@ import explain_one_stage  # noqa: E402
 from detectors import load  # noqa: E402
 from detectors.center_net import CenterNet  # noqa: E402
 from detectors.detr import DETR  # noqa: E402
+from detectors.paa import PAA  # noqa: E402
 from detectors.retina_net import RetinaNet  # noqa: E402
 from detectors.settings import (  # noqa: E402
     CenterNetSettings,
     Coder,
     DETRSettings,
+    PAASettings,
     Preprocess,
     Queries,
     RetinaNetSettings,
@@ -132,6 +135,38 @@ def test_candidates_before_and_after_nms(anchors):
     expected = anchors.detect["resized"][np.isin(-anchors.detect["scores"], np.concatenate(best))]
     assert drawn == {tuple(box[:2]) for box in expected.astype(float)}
     assert sum(len(collection.get_paths()) for collection in right.collections) <= 10
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "A class of a point is a candidate if its score is above 0.05; on each level, the best 1,000 get a box."),
+        (
+            {"one_class": True, "nms_pre": -1},
+            "The best class of a point is a candidate if its score is above 0.05; all",
+        ),
+        ({"nms_pre_per_class": 9, "nms_pre": -1}, "the best 9 of each class get a box."),
+    ],
+)
+def test_how_candidates_were_chosen(pipeline_of, values, words):
+    settings = pointed().settings
+    settings = changed(settings, "head", msgspec.structs.replace(settings.head, **values))
+    p = pipeline_of(settings, {"cls_0": 2, "reg_0": 4})
+    assert words in explain_one_stage.draw_candidates(p).text
+
+
+def test_paa_chooses_anchors(pipeline_of):
+    coder = Coder(means=NO_MEANS, stds=(1, 1, 1, 1))
+    settings = anchored(PAA, PAASettings, deltas=coder).settings
+    p = pipeline_of(settings, {"cls_0": 4, "cls_1": 2, "reg_0": 8, "reg_1": 4})
+    assert "the best 1,000 anchors, with all their classes, get a box" in explain_one_stage.draw_candidates(p).text
+
+
+def test_a_picture_that_keeps_its_size(pipeline_of):
+    p = pipeline_of(changed(pointed().settings, "preprocess.scale", None), {"cls_0": 2, "reg_0": 4})
+    page = explain.draw_input(p)
+    assert "The picture keeps its size. Then it is normalised" in page.text
+    assert "Zeros on the right and at the bottom make both sides multiples of 32" in page.text
 
 
 def test_nothing_is_found(pipeline_of):

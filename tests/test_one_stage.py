@@ -128,6 +128,18 @@ def test_a_score_at_the_threshold_is_no_candidate():
     assert len(best_candidates(logits, None, 1, changed(HEAD, "score_threshold", 1.0))[0]) == 0
 
 
+@pytest.mark.parametrize("threshold", [0.001, 0.999, 0.999999])
+def test_rounding_near_the_threshold_loses_no_candidate(threshold):
+    """Near 1, a float32 has the same score for many logits."""
+    middle = np.log(threshold / (1 - threshold))
+    logits = np.linspace(middle - 0.5, middle + 0.5, 4001, dtype=np.float32).reshape(1, 1, -1)
+    settings = msgspec.structs.replace(HEAD, score_threshold=threshold, nms_pre=-1)
+    prior, _, _ = best_candidates(logits, None, 1, settings)
+    expected = np.flatnonzero(sigmoid(logits.ravel()) > threshold)
+    assert 0 < len(expected) < 4001
+    np.testing.assert_array_equal(np.sort(prior), expected)
+
+
 def test_of_equally_good_classes_the_first_is_the_best():
     logits = np.float32([1, 3, 3, 2]).reshape(4, 1, 1)
     settings = msgspec.structs.replace(HEAD, one_class=True)
@@ -263,6 +275,15 @@ def test_yolo_moves_a_box_within_its_cell_or_by_strides():
     np.testing.assert_allclose(boxes, [[8, 18 - 120, 40, 18 + 120]], rtol=1e-5)  # it may leave the picture
     boxes = decoded(anchored(YOLO, YOLOSettings, within_cell=False), 0, priors, [[0.5, -1, 0, 0]])
     np.testing.assert_allclose(boxes, [[20, 4, 36, 12]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_sizes_that_overflow():
+    """Boxes of points are clipped; those of YOLO may leave the picture, and would be infinite."""
+    boxes = decoded(pointed(exponential=True), 0, [3 * 25 + 2], [[100, 0, 0, 100]])
+    np.testing.assert_allclose(boxes, [[0, 20, 28, 100]])
+    with pytest.raises(ModelError, match="infinitely large"):
+        decoded(anchored(YOLO, YOLOSettings, within_cell=False), 0, [7], [[0, 0, 100, 0]])
 
 
 # ------------------------------------------------------------------ suppression
@@ -429,6 +450,19 @@ def test_levels_that_do_not_fit(kind, values):
     settings = pointed().settings if kind is CellPoints else anchored(YOLO, YOLOSettings, within_cell=True).settings
     with pytest.raises(ValueError, match="strides|length"):
         write(changed(settings, "points" if kind is CellPoints else "anchors", kind(**values)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "words"),
+    [
+        (HEAD, {"combined": "root"}, "'root', but there is no factor"),
+        (HEAD, {"softmax": True, "one_class": True}, "exclude each other"),
+        (PREPROCESS, {"canvas": 31}, "scale has to be null"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, values, words):
+    with pytest.raises(ValueError, match=words):
+        msgspec.structs.replace(settings, **values)
 
 
 # ------------------------------------------------------------------ other settings at run time

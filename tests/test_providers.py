@@ -112,7 +112,8 @@ def test_every_picture_is_within_the_shapes(values):
 
 def test_pictures_of_any_size_are_none_for_tensorrt(pretended):
     settings = load(SHAPES).settings.preprocess
-    for each in (changed(settings, "scale", None), changed(settings, "canvas", 31)):
+    any_size = changed(settings, "scale", None)
+    for each in (any_size, changed(any_size, "canvas", 31)):
         with pytest.raises(ModelError, match="pictures as large as they are"):
             tensorrt.picture_shapes(each)
 

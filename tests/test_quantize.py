@@ -135,7 +135,7 @@ def test_pictures_in_which_nothing_is_found(tmp_path):
     for number in range(12):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((300, 400, 3), np.uint8))
     folder = copy_export(SHAPES, tmp_path / "export")
-    with pytest.raises(SourceError, match="finds nothing above 0.3 in these pictures"):
+    with pytest.raises(SourceError, match=r"finds nothing above 0.3 in .*, \.\.\., so it says nothing"):
         quantize.write_int8(folder, *quantize.divide(sorted(tmp_path.glob("*.png")), 8))
     assert sorted(path.name for path in folder.iterdir()) == ["model1.onnx", "model2.onnx"]
 
@@ -260,6 +260,25 @@ def test_numbers_too_large_for_half_precision(tmp_path, capsys):
     assert not quantize.write_fp16(folder, SHAPES.parents[1] / "asset" / "shapes.png")
     assert "too large for half precision" in capsys.readouterr().out
     assert (folder / "fp16-rejected" / "model.onnx").exists()
+
+
+def test_a_library_that_fails(tmp_path, monkeypatch):
+    """Whatever it raises, the network is named."""
+    folder = copy_export(ATSS, tmp_path / "export")
+    monkeypatch.setattr(quantize, "to_fp16", lambda path: onnx.load(str(path)).graph)
+    with pytest.raises(SourceError, match=r"model\.onnx cannot be converted: \w+: "):
+        quantize.write_fp16(folder, SHAPES.parents[1] / "asset" / "shapes.png")
+    assert [path.name for path in folder.iterdir()] == ["model.onnx"]
+
+
+def test_sets_of_older_networks_are_removed(tmp_path):
+    for kind in ("int8", "fp16-rejected", "mine"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "model.onnx").write_text("of older networks")
+    (tmp_path / "fp16-rejected" / "note.txt").write_text("somebody's")
+    quantize.remove_sets(tmp_path)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert files == {"fp16-rejected", "fp16-rejected/note.txt", "mine", "mine/model.onnx"}
 
 
 def test_half_precision_that_is_not_enough(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """torchvision's one-stage detectors: their exports against torchvision's own models."""
 
 import functools
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,12 +10,18 @@ from boxes import assert_equal_detections, with_second_chance
 from conftest import TORCHVISION, call_program
 
 from detectors import load
+from detectors.one_stage import Candidates, suppress
+from detectors.preprocess import Picture
+from detectors.settings import changed
+from postprocess import sigmoid
 
-pytest.importorskip("torch", reason=TORCHVISION)
+torch = pytest.importorskip("torch", reason=TORCHVISION)
 pytest.importorskip("torchvision", reason=TORCHVISION)
 
 from seeded_torchvision import write_checkpoint  # noqa: E402
+from test_postprocess_torchvision import pairs_near_the_threshold  # noqa: E402
 from test_torchvision import own_detections, own_model  # noqa: E402
+from torchvision.models.detection import RetinaNet  # noqa: E402
 
 import export  # noqa: E402
 from sources import SourceError  # noqa: E402
@@ -86,6 +93,28 @@ def test_weights_of_another_builder(checkpoints):
         source.load("ssd300_vgg16", checkpoints("retinanet_resnet50_fpn"))
     with pytest.raises(SourceError, match="does not fit the model"):
         source.load("fcos_resnet50_fpn", checkpoints("retinanet_resnet50_fpn"))
+
+
+@pytest.mark.parametrize("builder", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+def test_nms_equals_torchvision_where_rounding_decides(builder, checkpoints):
+    """NMS moves the boxes of a class by its number, which starts with a class that is not trained."""
+    rng, image_size = np.random.default_rng(0), (765, 1000)
+    anchors, labels = pairs_near_the_threshold(rng, 450, image_size), np.repeat(rng.integers(1, 91, 450), 2)
+    logits = np.full((1, 900, 91), -9, np.float32)
+    logits[0, np.arange(900), labels] = scores = rng.permutation(np.linspace(0, 5, 900)).astype(np.float32)
+    limits = {"score_thresh": 0.05, "topk_candidates": 1000, "nms_thresh": 0.5, "detections_per_img": 1000}
+    own = SimpleNamespace(box_coder=SimpleNamespace(decode_single=lambda deltas, boxes: boxes), **limits)
+    outputs = {"cls_logits": [torch.from_numpy(logits)], "bbox_regression": [torch.zeros(1, 900, 4)]}
+    (expected,) = RetinaNet.postprocess_detections(own, outputs, [[torch.from_numpy(anchors)]], [image_size])
+    head = source.load(builder, checkpoints(builder)).settings.head
+    head = changed(changed(head, "iou_threshold", 0.5), "max_per_img", 1000)
+    picture = Picture(None, image_size, np.ones(4, np.float32), image_size)
+    candidates = Candidates(anchors, sigmoid(scores), labels - 1, np.arange(900), np.zeros(900, int))
+    found = suppress(candidates, picture, head)
+    np.testing.assert_array_equal(found.boxes, expected["boxes"])
+    np.testing.assert_array_equal(found.labels, expected["labels"] - 1)
+    otherwise = suppress(candidates, picture, changed(head, "nms_first_group", 0))
+    assert len(otherwise.boxes) != len(found.boxes)
 
 
 def test_options_change_what_is_found(checkpoints):
