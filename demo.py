@@ -257,7 +257,8 @@ def main(arguments=None):
         for problem in problems:
             print(f"demo.py: {problem}", file=sys.stderr)
         annotated = list(filter(pictures.is_annotated, files))
-        originals = [file for file in files if file not in annotated]
+        left_out = set(annotated)
+        originals = [file for file in files if file not in left_out]
         if annotated:
             more = f" and {len(annotated) - 1} more" if annotated[1:] else ""
             print(f"demo.py: left out, annotated by an earlier run: {pictures.printable(annotated[0])}{more}",

@@ -94,7 +94,7 @@ class Network:
     def __init__(self, path, keep_memory=True, execution=Execution()):  # noqa: B008, it is immutable
         self.path, self.tensors = Path(path), {}
         if not self.path.is_file():
-            raise ModelError(f"{path} does not exist: export again")
+            raise ModelError(f"{path} does not exist: export again, or name another file")
         self.keep_memory = keep_memory
         self.open(execution)
 

@@ -141,8 +141,10 @@ def test_a_model_that_does_not_fit_as_a_process(tmp_path):
 
 
 def test_missing_broken_and_swapped_models(tmp_path):
-    assert "nowhere" in load_error(tmp_path / "nowhere")
+    assert "nowhere holds no export" in load_error(tmp_path / "nowhere")
     assert "export.py" in load_error(tmp_path / "nowhere")
+    (tmp_path / "detector.onnx").write_text("in one file")
+    assert f"for the detector in one file, name {tmp_path / 'detector.onnx'}" in load_error(tmp_path)
 
     half = copy_model(tmp_path / "half")
     (half / "model2.onnx").unlink()

@@ -195,7 +195,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(few, monkeypatch):
 
 
 def test_a_comparison_with_nothing_is_refused_at_once(few, tmp_path):
-    assert_refused(run_evaluate(*few[0], "--compare", tmp_path / "nothing"), "nothing", "does not exist")
+    assert_refused(run_evaluate(*few[0], "--compare", tmp_path / "nothing"), "nothing holds no export")
     assert not few[1].exists()
 
 
@@ -630,14 +630,20 @@ def test_annotations_that_lack_something(few, kind, change, word):
 
 
 def test_broken_pictures_are_named(few, tmp_path):
-    arguments, _ = few
-    (tmp_path / "empty").mkdir()
-    arguments[1] = tmp_path / "empty"
+    """One that is not there is, too; a folder that has none of them is another one."""
+    arguments, out = few
+    (tmp_path / "broken").mkdir()
+    arguments[1] = tmp_path / "broken"
+    assert_refused(run_evaluate(*arguments), f"{tmp_path / 'broken'} has none of the 12 pictures, such as 1000000.png")
+    assert not out.exists()
+    (tmp_path / "broken" / "1000001.png").write_text("no picture")
     result = run_evaluate(*arguments)
     assert result.returncode == 2
     lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("evaluate.py: ")]
     assert len(lines) == 13
     assert lines[0].startswith("evaluate.py: 1000000.png: ")
+    assert lines[0].endswith("1000000.png: No such file or directory")
+    assert lines[1].startswith("evaluate.py: 1000001.png: not a picture")
     assert "nothing was detected" in lines[-1]
 
 

@@ -71,7 +71,7 @@ print(len(found.boxes), sys.modules["detectors"].__file__)
     result = run(line, tmp_path, installed)
     assert result.returncode == 0, result.stderr
     missing, attribute, last = result.stdout.splitlines()
-    assert "does not exist: export a model" in missing
+    assert "nothing holds no export" in missing
     assert attribute == "module 'faster_rcnn_onnx' has no attribute 'nothing'"
     assert last == f"23 {Path(installed['PYTHONPATH']) / 'faster_rcnn_onnx' / 'detectors' / '__init__.py'}"
 

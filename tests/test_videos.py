@@ -84,7 +84,9 @@ def test_a_video_is_its_frames(tmp_path):
 
 def test_every_third_frame(tmp_path):
     clip = write_clip(tmp_path / "clip.avi", 20, (160, 120), "MJPG")
-    assert call(clip, "--out", tmp_path / "out", "--every", "3", "--classes", "circle").returncode == 0
+    result = call(clip, "--out", tmp_path / "out", "--every", "3", "--classes", "circle")
+    assert result.returncode == 0, result.stderr
+    assert f"clip.avi: 6.66667 frames a second, to {tmp_path / 'out' / 'clip.mp4'}" in result.stdout
     entries, images = read_results(tmp_path / "out")
     assert [image["frame"] for image in images] == [0, 3, 6, 9, 12, 15, 18]
     assert images[2]["seconds"] == 0.3

@@ -676,9 +676,13 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     thin = tmp_path / "thin.png"
     cv2.imwrite(str(thin), np.zeros((1, 2000, 3), np.uint8))
     for arguments, words in [
-        ((tmp_path / "none", tmp_path / "out.onnx"), ["does not exist", "export.py"]),
+        (
+            (tmp_path / "none", tmp_path / "out.onnx"),
+            ["holds no export, neither model1.onnx nor model.onnx", "export.py"],
+        ),
         ((SHAPES, tmp_path / "no" / "out.onnx"), ["no such folder"]),
         ((SHAPES, tmp_path / "none"), ["a folder: name a file in it"]),
+        ((SHAPES, "--set", "head.max_per_img=9", tmp_path / "out.txt"), ["out.txt: name a file that ends in .onnx"]),
         ((SHAPES, SHAPES / ".." / "shapes" / "model2.onnx"), ["is a name of the export's networks"]),
         ((SHAPES, SHAPES / "model.onnx"), ["is a name of the export's networks"]),
         ((SHAPES, tmp_path / "out.onnx", "--picture", thin), ["thin.png", "too thin"]),
