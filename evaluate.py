@@ -126,6 +126,8 @@ def read_annotations(path):
         annotation["id"] = number  # pycocotools takes an id of 0 for no match, and loses annotations of equal ids
     if len({category.name for category in checked.categories}) < len(checked.categories):
         raise EvaluationError(f"{path} has two categories of the same name")
+    if len({category.id for category in checked.categories}) < len(checked.categories):
+        raise EvaluationError(f"{path} has two categories of the same id")
     if len({image.id for image in checked.images}) < len(checked.images):
         raise EvaluationError(f"{path} has two images of the same id")
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
@@ -626,7 +628,7 @@ def check_partials(args, out):
 def check_pictures(coco, folder):
     """Refuse a folder that holds none of the pictures: EvaluationError."""
     names = [image["file_name"] for image in coco.imgs.values()]
-    if not any((folder / name).exists() for name in names):
+    if not any(os.path.exists(folder / name) for name in names):  # of a name that is too long, Path's would fail
         raise EvaluationError(f"{folder} has none of the {len(names)} pictures, such as {printable(names[0])}")
 
 

@@ -238,7 +238,7 @@ def write_file(path, data):
 
 
 def check_save_stages(path, files):
-    """Refuse a file for the stages that cannot be, or that is none of ours: ModelError."""
+    """Refuse a file for the stages that cannot be: ModelError. One that is there is replaced."""
     if len(files) > 1 or videos.is_video(files[0]):
         raise ModelError(f"--save-stages: name one picture, not {'a video' if len(files) == 1 else len(files)}")
     if path.suffix != ".npz" or not path.parent.is_dir():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import secrets
+import shutil
 import struct
 import threading
 import time
@@ -16,6 +17,7 @@ import numpy as np
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 AHEAD = 4  # frames that are read while the networks work on another
 MARK = b"Software\0faster-rcnn-onnx"  # in all that is annotated, so that none of it is taken for an input later
+SPARE = 2**24  # bytes that the disk must have left: a video ends with a table of its frames, without which none plays
 CODEC = "mp4v"  # MPEG-4 part 2, the one that every OpenCV can write
 
 
@@ -134,7 +136,9 @@ class Writer:
     """Writes frames to an .mp4 file, which has its name only once it is whole; use it in a `with` statement."""
 
     def __init__(self, path, rate):
-        self.path, self.rate, self.writer, self.count = path, max(1.0, rate), None, 0
+        self.path, self.writer, self.count = path, None, 0
+        rate = max(1.0, rate)
+        self.rate = round(rate, 2 if rate < 655 else 1)  # the codec has 16 bits for the number of ticks in a second
         self.partial = path.parent / f".{secrets.token_hex(8)}.partial.mp4"
 
     def __enter__(self):
@@ -142,6 +146,8 @@ class Writer:
 
     def open(self, height, width):
         """Open the file for frames of this size."""
+        if not os.access(self.path.parent, os.W_OK):
+            raise VideoError(f"{self.path.parent} may not be written")
         code = cv2.VideoWriter_fourcc(*CODEC)
         writer = cv2.VideoWriter(for_opencv(self.partial), code, self.rate, (width, height))
         if not writer.isOpened():
@@ -149,7 +155,7 @@ class Writer:
         self.writer, self.size = writer, (width, height)
 
     def write(self, image, seconds=None):
-        """Add a frame; `seconds`: when it was seen, so that the one before it is repeated until then."""
+        """Add a frame. `seconds`: when it was seen; until then the one before is repeated, too early it is left out."""
         height, width = image.shape[:2]
         # The codec wants even sides.
         image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
@@ -159,22 +165,31 @@ class Writer:
             image = cv2.resize(image, self.size)
         while seconds is not None and 0 < self.count < round(seconds * self.rate):
             self.add(self.last)
-        self.add(image)
+        if seconds is None or self.count <= round(seconds * self.rate):
+            self.add(image)
 
     def add(self, image):
         """Write a frame of the right size."""
+        if shutil.disk_usage(self.path.parent).free < SPARE:
+            raise VideoError(f"the disk is nearly full: {self.path} ends after {self.count} frames")
         self.writer.write(image)
         self.last, self.count = image, self.count + 1
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *_):
         try:
             if self.writer is not None:
                 self.writer.release()  # also when it was interrupted: what is there plays
-                written = cv2.VideoCapture(for_opencv(self.partial))
-                if not written.isOpened() or int(written.get(cv2.CAP_PROP_FRAME_COUNT)) != self.count:
-                    raise VideoError(f"{self.path} could not be written whole: is the disk full?")
-                with self.partial.open("ab") as file:  # a box that players skip
-                    file.write(struct.pack(">I", 8 + len(MARK)) + b"free" + MARK)
-                os.replace(self.partial, self.path)
+                self.give_name(interrupted=kind is KeyboardInterrupt)
         finally:
             self.partial.unlink(missing_ok=True)
+
+    def give_name(self, interrupted):
+        """Give the file its name if it plays; VideoError if it lacks frames, unless that hides an interrupt."""
+        written = cv2.VideoCapture(for_opencv(self.partial))
+        frames = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
+        if frames < self.count and not interrupted:
+            raise VideoError(f"{self.path} could not be written whole: is the disk full?")
+        if frames:  # one more than were counted, if it was interrupted after writing one
+            with self.partial.open("ab") as file:  # a box that players skip
+                file.write(struct.pack(">I", 8 + len(MARK)) + b"free" + MARK)
+            os.replace(self.partial, self.path)

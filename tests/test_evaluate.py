@@ -629,6 +629,25 @@ def test_annotations_that_lack_something(few, kind, change, word):
     assert not out.exists()
 
 
+def test_a_name_that_is_too_long_is_a_picture_that_cannot_be_read(few):
+    arguments, _ = few
+    content = json.loads(arguments[0].read_text())
+    content["images"][0]["file_name"] = "x" * 300 + ".png"
+    arguments[0].write_text(json.dumps(content))
+    result = run_evaluate(*arguments)
+    assert result.returncode == 1
+    assert "File name too long" in result.stderr
+    assert "1 pictures failed" in result.stderr
+
+
+def test_categories_of_the_same_id(few):
+    arguments, _ = few
+    content = json.loads(arguments[0].read_text())
+    content["categories"][0]["id"] = content["categories"][1]["id"]
+    arguments[0].write_text(json.dumps(content))
+    assert_refused(run_evaluate(*arguments), "two categories of the same id")
+
+
 def test_broken_pictures_are_named(few, tmp_path):
     """One that is not there is, too; a folder that has none of them is another one."""
     arguments, out = few

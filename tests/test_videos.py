@@ -86,7 +86,7 @@ def test_every_third_frame(tmp_path):
     clip = write_clip(tmp_path / "clip.avi", 20, (160, 120), "MJPG")
     result = call(clip, "--out", tmp_path / "out", "--every", "3", "--classes", "circle")
     assert result.returncode == 0, result.stderr
-    assert f"clip.avi: 6.66667 frames a second, to {tmp_path / 'out' / 'clip.mp4'}" in result.stdout
+    assert f"clip.avi: 6.67 frames a second, to {tmp_path / 'out' / 'clip.mp4'}" in result.stdout
     entries, images = read_results(tmp_path / "out")
     assert [image["frame"] for image in images] == [0, 3, 6, 9, 12, 15, 18]
     assert images[2]["seconds"] == 0.3
@@ -305,6 +305,49 @@ def write_frames(path, frames, most_bytes=None):
             writer.writer.release()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+
+
+@pytest.mark.parametrize("rate", [1, 12.5, 29.97, 59.94, 66.667, 119.987, 143.857, 240.05, 660.33, 999.9])
+def test_every_rate_can_be_written(tmp_path, rate):
+    with videos.Writer(tmp_path / "clip.mp4", rate) as writer:
+        for _ in range(3):
+            writer.write(np.zeros((48, 64, 3), np.uint8))
+    assert cv2.VideoCapture(str(tmp_path / "clip.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_interrupted_between_writing_a_frame_and_counting_it(tmp_path, lost):
+    """Nothing hides the interrupt, and what is there plays."""
+
+    def write():
+        with videos.Writer(tmp_path / "clip.mp4", 25) as writer:
+            for _ in range(5):
+                writer.write(np.zeros((48, 64, 3), np.uint8))
+            writer.writer.write(np.zeros((48, 64, 3), np.uint8))
+            if lost:
+                writer.partial.unlink()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ([] if lost else ["clip.mp4"])
+    assert lost or len(frames_of(tmp_path / "clip.mp4")) == 6
+
+
+def test_a_disk_that_becomes_full(tmp_path, monkeypatch):
+    """The video ends while there is room for what lets it play."""
+    free = iter([2**30] * 7 + [2**20] * 9)
+    monkeypatch.setattr(videos.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    with pytest.raises(videos.VideoError, match=r"nearly full: .*clip\.mp4 ends after 7 frames"):
+        write_frames(tmp_path / "clip.mp4", np.zeros((9, 48, 64, 3), np.uint8))
+    assert len(frames_of(tmp_path / "clip.mp4")) == 7
+
+
+def test_frames_that_come_faster_than_the_rate(tmp_path):
+    with videos.Writer(tmp_path / "camera.mp4", 25) as writer:
+        for number in range(120):
+            writer.write(np.zeros((48, 64, 3), np.uint8), number / 60)
+    assert abs(len(frames_of(tmp_path / "camera.mp4")) - 50) <= 1  # two seconds
 
 
 def test_odd_names(tmp_path, monkeypatch):

@@ -121,6 +121,7 @@ async function fetchOrThrow(url, hint) {
 
 async function startCamera() {
   const video = document.createElement("video");
+  if (!navigator.mediaDevices) throw new Error("no camera: browsers give it to pages of localhost and https only");
   try {
     video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
@@ -131,7 +132,7 @@ async function startCamera() {
   for (const track of video.srcObject.getTracks()) track.onended = stopCamera; // it was unplugged
   video.muted = video.playsInline = true;
   await video.play();
-  requestAnimationFrame(nextFrame);
+  requestAnimationFrame(() => nextFrame(video));
 }
 
 function stopCamera() {
@@ -140,10 +141,10 @@ function stopCamera() {
   element("camera").textContent = "Camera";
 }
 
-async function nextFrame() {
-  if (!camera) return;
-  if (!running) await alone(() => detect(camera, camera.videoWidth, camera.videoHeight));
-  requestAnimationFrame(nextFrame);
+async function nextFrame(video) {
+  if (camera !== video) return; // it was stopped
+  if (!running) await alone(() => detect(video, video.videoWidth, video.videoHeight));
+  requestAnimationFrame(() => nextFrame(video));
 }
 
 // ---------------------------------------------------------------------- what the buttons do
