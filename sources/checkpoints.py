@@ -82,6 +82,13 @@ def is_plain(value):
     return not (value.is_quantized or value.is_complex() or value.is_meta)
 
 
+def renamed(state, old_names):
+    """Return a state dict with the names of today; old_names: {regular expression: what replaces it}."""
+    for old, new in old_names.items():
+        state = {re.sub(old, new, name): value for name, value in state.items()}
+    return state
+
+
 def load_weights(model, state, path):
     """Load the state dict of a checkpoint into a model; refuse it if any is missing, left over or of another shape."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -4,6 +4,7 @@ What would be computed differently is refused by its name in the config.
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import inspect
@@ -18,7 +19,8 @@ import mmdet
 import numpy as np
 import torch
 from mmdet.apis import inference_detector
-from mmdet.datasets import DATASETS
+from mmdet.datasets import DATASETS, replace_ImageToTensor
+from mmdet.datasets.pipelines import Compose
 from mmdet.models import build_detector
 from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.models.dense_heads.anchor_free_head import AnchorFreeHead
@@ -57,7 +59,7 @@ from detectors.settings import (
 )
 from postprocess import NMS_SPLIT
 from sources import OPSET, Network, Source, SourceError
-from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
+from sources.checkpoints import fetch, load_checkpoint, load_weights, renamed, weights_in
 from sources.deform_conv import OPSET as DEFORM_CONV_OPSET
 from sources.deform_conv import has_deform_conv, replace_deform_convs
 from sources.layers import GroupNorm, MultiheadAttention, adaptive_max_pool2d, replace_layers
@@ -80,7 +82,14 @@ FAMILIES = {  # by what a detector has beside what Faster R-CNN has
     ("refinements", "masks"): CascadeMaskRCNNSettings,
     ("masks", "points"): PointRendSettings,
 }
-FEATURE_STRIDE = 32  # of what DETR's queries read; padding of whole cells would have to be masked
+OLD_NAMES = {  # of layers in files of earlier versions, and what they are called today
+    r"^(bbox_head\.transformer\..+)\.self_attn\.": r"\1.attentions.0.",
+    r"^(bbox_head\.transformer\..+)\.multihead_attn\.": r"\1.attentions.1.",
+    r"^(bbox_head\.transformer\..+)\.ffn\.": r"\1.ffns.0.",
+    r"^(bbox_head\.transformer\.decoder)\.norm\.": r"\1.post_norm.",
+    r"^(bbox_head)\.(?:fcos|fovea)_(cls|reg|centerness)\.": r"\1.conv_\2.",
+    r"^(backbone\..+\.conv2)_offset\.": r"\1.conv_offset.",
+}
 IMAGE_AXES = {0: "N", 2: "H", 3: "W"}  # of a picture, those that are dynamic
 FURTHER_MAPS = {  # what the heads of one-stage detectors predict beside cls and reg; the first is a factor of scores
     **dict.fromkeys(("ATSSHead", "FCOSHead", "NASFCOSHead"), ("centerness",)),
@@ -246,7 +255,7 @@ class QueryHead(PictureNetwork):
         """Return cls and reg, of the last of the decoder's layers."""
         head, features = self.detector.bbox_head, self.detector.extract_feat(image)[-1]
         features = head.input_proj(features)
-        padding = torch.zeros_like(features[:, 0], dtype=torch.bool)  # of one picture, there is less than a cell
+        padding = torch.zeros_like(features[:, 0], dtype=torch.bool)  # there is less than a cell, see check_padding
         places = head.positional_encoding(padding)
         decoded = head.transformer(features, padding, head.query_embedding.weight, places)[0][-1]
         return head.fc_cls(decoded), head.fc_reg(head.activate(head.reg_ffn(decoded))).sigmoid()
@@ -421,8 +430,9 @@ def load_detector(config, checkpoint_path, trust=False, names=None, changes=()):
     try:
         check_supported(detector)
         check_padding(detector, describe_preprocessing(cfg))  # refuses what does not fit before the work begins
+        check_pipeline(cfg)
         checkpoint = load_checkpoint(checkpoint_path, trust)
-        load_weights(detector, weights_in(checkpoint), checkpoint_path)
+        load_weights(detector, without_averages(renamed(weights_in(checkpoint), OLD_NAMES), detector), checkpoint_path)
         detector.CLASSES = class_names(cfg, checkpoint, stages(box_head(detector))[-1].num_classes, names)
         detector.cfg = cfg
         describe(detector, {})
@@ -436,6 +446,15 @@ def load_detector(config, checkpoint_path, trust=False, names=None, changes=()):
     })  # fmt: skip
     replace_deform_convs(detector)
     return detector
+
+
+def without_averages(state, detector):
+    """Return a state dict without what a hook that averages weights keeps beside them; the averages are in their place.
+
+    Before each epoch MMDetection's EMA hooks exchange the two, and after it again.
+    """
+    kept = {"ema_" + name.replace(".", "_") for name in detector.state_dict()}
+    return {name: value for name, value in state.items() if name not in kept}
 
 
 def forget_teacher(model):
@@ -481,7 +500,7 @@ def check_one_stage(detector):
         return
     if type(head).__name__ == "DETRHead":
         check_values(detector, {"bbox_head.loss_cls.use_sigmoid": False})
-        if detector.test_cfg.get("max_per_img", 1) > head.num_query:
+        if (detector.test_cfg.get("max_per_img") or 1) > head.num_query:
             raise SourceError(f"model.test_cfg.max_per_img is more than bbox_head.num_query: {head.num_query}")
         return
     if type(head).__name__ in ANCHOR_HEADS:
@@ -497,7 +516,7 @@ def check_one_stage(detector):
         check_values(detector, {"bbox_head.with_score_voting": True})
     if type(head).__name__ not in YOLO_HEADS:
         check_values(detector, {"bbox_head.bbox_coder.clip_border": True})
-        if detector.test_cfg.get("nms_pre", 0) <= 0 and type(head).__name__ != "PAAHead":
+        if (detector.test_cfg.get("nms_pre") or 0) <= 0 and type(head).__name__ != "PAAHead":
             raise SourceError("model.test_cfg needs an nms_pre above 0")
     if type(head).__name__ == "YOLOV3Head":
         check_values(detector, {"bbox_head.featmap_strides": [stride for stride, _ in head.prior_generator.strides]})
@@ -508,11 +527,14 @@ def check_one_stage(detector):
 
 def check_padding(detector, preprocess):
     """Refuse padding of whole cells where the detector would mask them."""
-    more = preprocess.pad_to_square or preprocess.pad_divisor > FEATURE_STRIDE
-    if more and type(box_head(detector)).__name__ == "DETRHead":
-        raise SourceError(
-            f"data.test.pipeline: DETR cannot be exported with more padding than to multiples of {FEATURE_STRIDE}"
-        )
+    if type(box_head(detector)).__name__ != "DETRHead":
+        return
+    with torch.no_grad():
+        features = detector.extract_feat(torch.zeros(1, 3, 256, 256))[-1]
+    stride = 256 // features.shape[-1]
+    if preprocess.pad_to_square or preprocess.pad_divisor > stride:
+        raise SourceError(f"data.test.pipeline: this DETR cannot be exported with padding to more than multiples of "
+                          f"{stride}, the stride of its backbone")  # fmt: skip
 
 
 def check_two_stages(detector):
@@ -550,8 +572,11 @@ def check_two_stages(detector):
     })  # fmt: skip
     check_square(detector, extractors)
     check_stages(detector.roi_head)
-    for name in ("rpn", "rcnn"):
-        check_test_cfg(f"model.test_cfg.{name}", detector.test_cfg[name], soft=name == "rcnn")
+    is_trident = type(detector.roi_head).__name__ == "TridentRoIHead"
+    if is_trident and detector.roi_head.with_mask:
+        raise SourceError("model.roi_head is a TridentRoIHead with masks, which MMDetection does not return")
+    check_test_cfg("model.test_cfg.rpn", detector.test_cfg.rpn, soft=False)
+    check_test_cfg("model.test_cfg.rcnn", detector.test_cfg.rcnn, soft=not is_trident)  # which runs its NMS twice
 
 
 def check_scores(detector, heads):
@@ -665,7 +690,7 @@ def check_test_cfg(name, cfg, soft, limited=True):
     for option, value in cfg.nms.items():
         if option not in known or value is None or (known[option] is not None and value not in known[option]):
             raise SourceError(f"{name}.nms has {option}={value!r}, which cannot be exported")
-    if "iou_threshold" not in cfg.nms or (limited and cfg.get("max_per_img", 0) <= 0):
+    if "iou_threshold" not in cfg.nms or (limited and (cfg.get("max_per_img") or 0) <= 0):
         raise SourceError(f"{name} needs nms.iou_threshold, and a max_per_img above 0")
 
 
@@ -679,7 +704,7 @@ def describe(detector, origin):
     elif type(detector.bbox_head).__name__ in YOLO_HEADS:
         family, parts = describe_yolo(detector)
     elif type(detector.bbox_head).__name__ == "DETRHead":
-        limit = detector.test_cfg.get("max_per_img", detector.bbox_head.num_query)
+        limit = detector.test_cfg.get("max_per_img") or detector.bbox_head.num_query
         family, parts = DETRSettings, {"head": Queries(max_per_img=limit)}
     elif type(detector.bbox_head).__name__ == "CenterNetHead":
         family, parts = CenterNetSettings, {"head": Queries(max_per_img=detector.test_cfg.topk)}
@@ -915,10 +940,18 @@ def describe_padding(pad):
     if len(values) > 1 or pad.get("size"):
         raise SourceError(f"data.test.pipeline: {pad} cannot be exported: its pad_val needs three equal numbers")
     return {
-        "pad_divisor": pad.get("size_divisor") or 1,
+        "pad_divisor": 1 if pad.get("size_divisor") is None else pad["size_divisor"],
         "pad_to_square": pad.get("pad_to_square", False),
         "pad_value": values.pop(),
     }
+
+
+def check_pipeline(cfg):
+    """Refuse a test pipeline that MMDetection itself refuses, which would only be seen after the export."""
+    try:
+        Compose(replace_ImageToTensor(copy.deepcopy(cfg.data.test.pipeline)))
+    except Exception as error:  # many of them are AssertionErrors
+        raise SourceError(f"data.test.pipeline: MMDetection cannot build it: {one_line(error)}") from error
 
 
 def check_step(step, name, known):
@@ -972,6 +1005,8 @@ def reference(detector, picture, score_threshold=None):
         test_cfg.score_thr = score_threshold
     try:
         found = inference_detector(detector, str(picture))
+    except Exception as error:  # of any kind
+        raise SourceError(f"MMDetection fails with {picture}: {type(error).__name__}: {one_line(error)}") from error
     finally:
         if own is not None:
             test_cfg.score_thr = own

@@ -8,9 +8,9 @@ nothing was trained, is the last class here, without a name.
 
 import ast
 import copy
+import functools
 import hashlib
 import itertools
-import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, Optional, Tuple
@@ -20,9 +20,11 @@ import msgspec
 import numpy as np
 import torch
 import torchvision
-from torchvision.models import get_model_builder, get_model_weights
+from torchvision.models import get_model_builder, get_model_weights, mobilenet_v3_large
 from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor
 from torchvision.ops import FrozenBatchNorm2d
 from typing_extensions import Annotated
 
@@ -50,7 +52,7 @@ from detectors.settings import (
     write,
 )
 from sources import Network, Source, SourceError
-from sources.checkpoints import fetch, load_checkpoint, load_weights, weights_in
+from sources.checkpoints import fetch, load_checkpoint, load_weights, renamed, weights_in
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NORMALISED = {"image_mean": Tuple[Number, Number, Number], "image_std": Tuple[Positive, Positive, Positive]}
@@ -107,6 +109,7 @@ OLD_NAMES = {  # of layers before torchvision 0.13, which most of its own files 
     **{rf"^(roi_heads\.mask_head)\.mask_fcn{i + 1}\.(weight|bias)$": rf"\1.{i}.0.\2" for i in range(4)},
 }
 OLD_NAMES_OF_RETINA_NET = {rf"^(head\.\w+_head\.conv)\.{2 * i}\.(weight|bias)$": rf"\1.{i}.0.\2" for i in range(4)}
+TAIL = "backbone.features.1.0.3.0.weight"  # of an SSDLite, in the part that has two widths, see give_whole_tail
 MOVED_BY_NMS = 1000  # torchvision.ops.batched_nms moves the classes apart for no more boxes than this, on a CPU
 SMALLEST_BOX = 1e-2  # side of a detection in the resized picture, a constant inside RoIHeads
 MASK_THRESHOLD = 0.5  # torchvision returns scores of pixels, and recommends to take those that are not below
@@ -184,6 +187,9 @@ def build_model(builder, arguments, content, path):
         model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=number, **known).eval()
     except (RuntimeError, MemoryError) as error:  # a small file may claim billions of classes
         raise SourceError(f"{path}: {builder} with {number} classes cannot be built: {one_line(error)}") from error
+    tail = state.get(TAIL)
+    if builder.startswith("ssdlite") and tail is not None and tail.shape != model.state_dict()[TAIL].shape:
+        give_whole_tail(model, number)
     load_weights(model, state, path)
     if BUILDERS[builder].frozen_eps is None:
         return model
@@ -192,6 +198,17 @@ def build_model(builder, arguments, content, path):
     elif "frozen_eps" in arguments:
         raise SourceError(f"--set frozen_eps: {path} holds no frozen batch normalisation")
     return model
+
+
+def give_whole_tail(model, number):
+    """Turn the end of an SSDLite's backbone into that of one which was trained on ImageNet first.
+
+    torchvision halves its channels where it was not, as in its own weights for COCO.
+    """
+    norm = functools.partial(torch.nn.BatchNorm2d, eps=0.001, momentum=0.03)
+    model.backbone = _mobilenet_extractor(mobilenet_v3_large(norm_layer=norm), 6, norm).eval()
+    channels = retrieve_out_channels(model.backbone, (320, 320))
+    model.head = SSDLiteHead(channels, model.anchor_generator.num_anchors_per_location(), number, norm).eval()
 
 
 def frozen_eps(builder, arguments):
@@ -203,13 +220,6 @@ def frozen_eps(builder, arguments):
         "and what is fine-tuned from them; if trained from an ImageNet backbone: --set frozen_eps=1e-5"
     )
     return BUILDERS[builder].frozen_eps
-
-
-def renamed(state, old_names=OLD_NAMES):
-    """Return a state dict with the names that torchvision gives today."""
-    for old, new in old_names.items():
-        state = {re.sub(old, new, name): value for name, value in state.items()}
-    return state
 
 
 def replace_norms(model, kind, eps=None):

@@ -36,7 +36,12 @@ def old_name(name):
 def seeded_model(builder, image, num_classes=91):
     """Return a builder's model, seeded such that it discriminates in an image [h, w, 3] uint8 BGR."""
     torch.manual_seed(0)
-    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes).eval()
+    return seed(get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes), image)
+
+
+def seed(model, image):
+    """Return a model whose random weights are scaled such that it discriminates in an image [h, w, 3] uint8 BGR."""
+    model.eval()
     for block in model.modules():
         if isinstance(block, Bottleneck):
             torch.nn.init.constant_(block.bn3.weight, 0.2)

@@ -1,11 +1,13 @@
 """export.py: what it writes, what it refuses, what it leaves alone."""
 
+import copy
 import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -711,7 +713,6 @@ def test_the_config_is_changed_as_by_mmdetection(tmp_path, shapes):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--cfg-options", "nonsense"], ["--cfg-options nonsense"]),
         (["--cfg-options", "model.type.a=1"], ["--cfg-options model.type.a=1"]),
         (["--cfg-options", "model.backbone.nonsense=1"], ["cannot build its model", "nonsense"]),
         (["--set", "min_size=400"], ["--set is not for mmdetection: use --cfg-options"]),
@@ -719,6 +720,116 @@ def test_the_config_is_changed_as_by_mmdetection(tmp_path, shapes):
 )
 def test_changes_that_cannot_be_made(tmp_path, shapes, capfd, arguments, words):
     assert_refused(capfd, tmp_path, [*shapes, *arguments], *words)
+
+
+def test_a_config_behind_its_changes(shapes, capfd):
+    """It would be taken for one of them, and the default detector would be downloaded."""
+    with pytest.raises(SystemExit):
+        export.main(["--cfg-options", "model.test_cfg.rcnn.score_thr=0.1", *shapes])
+    assert f"{shapes[0]} is not KEY=VALUE; CONFIG and CHECKPOINT come before --cfg-options" in capfd.readouterr().err
+
+
+PAD = "data.test.pipeline.1.transforms.3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([f"{PAD}.pad_val=(114,114,114)"], "data.test.pipeline: MMDetection cannot build it: MultiScaleFlipAug: Pad"),
+        ([f"{PAD}.pad_to_square=True"], "data.test.pipeline: MMDetection cannot build it"),
+        (["data.test.pipeline.1.img_scale=[512,512]"], "data.test.pipeline: MMDetection cannot build it"),
+        ([f"{PAD}.size_divisor=0"], "pad_divisor: expected `int` >= 1"),
+        (["model.test_cfg.rpn.max_per_img=None"], "model.test_cfg.rpn needs nms.iou_threshold, and a max_per_img"),
+        (["model.test_cfg.rpn.nms.type=soft_nms"], "model.test_cfg.rpn.nms has type='soft_nms'"),
+    ],
+)
+def test_configs_that_mmdetection_or_an_export_cannot_run(tmp_path, shapes, capfd, changes, words):
+    assert_refused(capfd, tmp_path, [*shapes, "--cfg-options", *changes], words)
+
+
+def test_trident_runs_its_nms_twice(tmp_path, shapes, capfd):
+    trident = ["model.roi_head.type=TridentRoIHead", "model.roi_head.num_branch=3", "model.roi_head.test_branch_idx=1"]
+    soft = [*trident, "model.test_cfg.rcnn.nms.type=soft_nms"]
+    assert_refused(capfd, tmp_path, [*shapes, "--cfg-options", *soft], "model.test_cfg.rcnn.nms has type='soft_nms'")
+    shapes[:2] = [str(SHAPES.parent / "shapes_mask" / name) for name in ("config.py", "shapes_mask.pth")]
+    assert_refused(capfd, tmp_path, [*shapes, "--cfg-options", *trident], "TridentRoIHead with masks")
+
+
+def test_what_fails_leaves_no_folder(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(compare, "BOX_TOLERANCE", -1)
+    out, kept = tmp_path / "new", tmp_path / "kept"
+    kept.mkdir()
+    for folder in (out, kept):
+        assert export.main([str(SHAPES / "config.py"), str(SHAPES / "shapes.pth"), "--out", str(folder)]) == 1
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+# ------------------------------------------------------------------ checkpoints that MMDetection reads otherwise
+
+
+def test_weights_beside_which_averages_were_kept(tmp_path):
+    """MMDetection's own hook adds them; YOLOX is trained so."""
+    from mmdet.core.hook import ExpMomentumEMAHook
+    from mmdet.models import build_detector
+
+    folder = SHAPES.parent / "shapes_atss"
+    detector = build_detector(mmcv.Config.fromfile(str(folder / "config.py")).model)
+    content = torch.load(folder / "shapes_atss.pth", weights_only=True)
+    detector.load_state_dict(content["state_dict"])
+    ExpMomentumEMAHook().before_run(SimpleNamespace(model=detector))
+    content["state_dict"] = detector.state_dict()
+    assert "ema_bbox_head_atss_cls_weight" in content["state_dict"]
+    torch.save(content, tmp_path / "averaged.pth")
+    arguments = [str(folder / "config.py"), str(tmp_path / "averaged.pth"), "--out", str(tmp_path / "out")]
+    assert export.main(arguments) == 0
+    image = cv2.imread(str(ROOT / "asset" / "shapes.png"))
+    found, expected = load(tmp_path / "out")(image), load(folder)(image)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    content["state_dict"]["ema_nothing"] = torch.zeros(1)
+    torch.save(content, tmp_path / "averaged.pth")
+    assert export.main(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("detr_r50_8x2_150e_coco", {
+            ".decoder.post_norm.": ".decoder.norm.", ".attentions.0.": ".self_attn.",
+            ".attentions.1.": ".multihead_attn.", ".ffns.0.": ".ffn.",
+        }),
+        ("fcos_r50_caffe_fpn_gn-head_1x_coco", {
+            "bbox_head.conv_cls": "bbox_head.fcos_cls", "bbox_head.conv_reg": "bbox_head.fcos_reg",
+            "bbox_head.conv_centerness": "bbox_head.fcos_centerness",
+        }),
+        ("fovea_r50_fpn_4x4_1x_coco", {
+            "bbox_head.conv_cls": "bbox_head.fovea_cls", "bbox_head.conv_reg": "bbox_head.fovea_reg",
+        }),
+        ("faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco", {".conv2.conv_offset.": ".conv2_offset."}),
+    ],
+)  # fmt: skip
+def test_names_of_earlier_versions(config, names, tmp_path):
+    """They are those that MMDetection itself understands."""
+    from mmcv.runner import load_checkpoint
+    from mmdet.models import build_detector
+
+    cfg = mmdetection.read_config(mmdetection.find_config(config), ())
+    cfg.model.backbone.init_cfg = cfg.model.pretrained = cfg.model.train_cfg = None
+    detector = build_detector(cfg.model)
+    other = copy.deepcopy(detector)
+    state, old = detector.state_dict(), {}
+    for name, value in state.items():
+        for new_part, old_part in names.items():
+            if name.startswith("bbox_head") or config.startswith("faster"):
+                name = name.replace(new_part, old_part)
+        old[name] = value
+    assert len(old.keys() - state.keys()) >= 2 * len(names)
+    assert mmdetection.renamed(old, mmdetection.OLD_NAMES).keys() == state.keys()
+    assert mmdetection.renamed(state, mmdetection.OLD_NAMES).keys() == state.keys()
+    torch.save({"state_dict": old}, tmp_path / "old.pth")
+    for value in other.state_dict().values():
+        value.zero_()
+    load_checkpoint(other, str(tmp_path / "old.pth"))
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
 
 def test_changes_of_a_config_are_not_for_torchvision(tmp_path, shapes, capfd):

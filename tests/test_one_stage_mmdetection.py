@@ -144,7 +144,11 @@ REFUSED = {  # configs, their changes, and what is named
         {"model.test_cfg.max_per_img": 300}, "max_per_img is more than bbox_head.num_query"
     ),
     "detr/detr_r50_8x2_150e_coco with more padding": (
-        {"data.test.pipeline.1.transforms.3.size_divisor": 64}, "DETR cannot be exported with more padding"
+        {"data.test.pipeline.1.transforms.3.size_divisor": 64}, "with padding to more than multiples of 32, the stride"
+    ),
+    "detr/detr_r50_8x2_150e_coco with a finer map": (
+        {"data.test.pipeline.1.transforms.3.size_divisor": 32, "model.backbone.strides": (1, 2, 2, 1),
+         "model.backbone.dilations": (1, 1, 1, 2)}, "with padding to more than multiples of 16, the stride"
     ),
     "centernet/centernet_resnet18_140e_coco with other padding": (
         {SCALE: None, "data.test.pipeline.1.transforms.1.test_pad_add_pix": 0}, "test_pad_add_pix=0"

@@ -18,9 +18,11 @@ from postprocess import sigmoid
 torch = pytest.importorskip("torch", reason=TORCHVISION)
 pytest.importorskip("torchvision", reason=TORCHVISION)
 
-from seeded_torchvision import write_checkpoint  # noqa: E402
+from seeded_torchvision import seed, write_checkpoint  # noqa: E402
 from test_postprocess_torchvision import pairs_near_the_threshold  # noqa: E402
 from test_torchvision import own_detections, own_model  # noqa: E402
+from torchvision.models import get_model_builder, mobilenet_v3_large  # noqa: E402
+from torchvision.models._api import WeightsEnum  # noqa: E402
 from torchvision.models.detection import RetinaNet  # noqa: E402
 
 import export  # noqa: E402
@@ -115,6 +117,26 @@ def test_nms_equals_torchvision_where_rounding_decides(builder, checkpoints):
     np.testing.assert_array_equal(found.labels, expected["labels"] - 1)
     otherwise = suppress(candidates, picture, changed(head, "nms_first_group", 0))
     assert len(otherwise.boxes) != len(found.boxes)
+
+
+def test_ssdlite_on_a_backbone_that_was_trained_on_imagenet(photographs, tmp_path, monkeypatch):
+    """Torchvision makes its end wider then, which is the default of who trains anew."""
+    builder = "ssdlite320_mobilenet_v3_large"
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: mobilenet_v3_large().state_dict())
+    torch.manual_seed(0)
+    model = get_model_builder(builder)(num_classes=6)
+    seed(model, photographs["coffee"])
+    torch.save(model.state_dict(), tmp_path / "trained.pth")
+    (tmp_path / "classes.txt").write_text("\n".join("abcde"))
+    cv2.imwrite(str(tmp_path / "coffee.png"), photographs["coffee"])
+    arguments = ("--classes", tmp_path / "classes.txt", "--picture", tmp_path / "coffee.png", "--out", tmp_path)
+    result = call_program(export.main, f"torchvision:{builder}", tmp_path / "trained.pth", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    expected = own_detections(model.eval(), photographs["cat"])
+    assert len(expected.boxes) >= 50
+    with_second_chance(
+        lambda image: assert_equal_detections(load(tmp_path)(image), own_detections(model, image)), photographs["cat"]
+    )
 
 
 def test_options_change_what_is_found(checkpoints):
