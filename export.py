@@ -25,7 +25,8 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")  # about deprecations and tracing: the verification says what matters
 logging.disable(logging.WARNING)  # about a missing GPU, and pretrained weights that are not needed
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when cv2 is imported
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported, as in demo.py
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 try:
     import cv2
@@ -100,7 +101,8 @@ def replayed(array, axes, preprocess):
     """
     if 3 not in axes:  # not a picture
         return [array[:7], array[:100]]
-    if preprocess.pad_to_square or not preprocess.keep_ratio:  # all pictures have the same size
+    square = preprocess.pad_to_square and preprocess.scale is not None and len(set(preprocess.scale)) == 1
+    if square or not preprocess.keep_ratio:  # all pictures have the same size
         return [np.concatenate([array[..., ::-1], array]), array]
     half = array[..., ::2, ::2].swapaxes(2, 3)  # upright where the first one lies
     half = np.pad(half, [(0, 0), (0, 0), *[(0, -side % preprocess.pad_divisor) for side in half.shape[2:]]])
@@ -157,6 +159,19 @@ def verify(source, detector, picture):
 # ---------------------------------------------------------------------- the command line
 
 
+@contextlib.contextmanager
+def made(folder):
+    """Make a folder, unless it is there, and remove it at the end if nothing is in it."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in it
+            if is_new:
+                folder.rmdir()
+
+
 def export(source, out, opset, picture):
     """Write the networks of a Source, verify them and move them to the folder `out`; return whether all was True."""
     try:
@@ -170,8 +185,7 @@ def export(source, out, opset, picture):
         raise sources.SourceError(f"--opset {opset}: this detector has an operator of opset {source.opset}")
     if opset is None and source.opset > sources.OPSET:
         print(f"opset {source.opset}: the first that has all operators of this detector")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
+    with made(out), tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         write_networks(source, Path(folder), opset or source.opset)
         different = verify(source, load(folder), picture)
         if different:
@@ -187,6 +201,13 @@ def export(source, out, opset, picture):
     return True
 
 
+def read_change(text):
+    """Return a change of MMDetection's config, KEY=VALUE; what comes behind such an option belongs to it."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE; CONFIG and CHECKPOINT come before --cfg-options")
+    return text
+
+
 def read_arguments(arguments):
     """Return what the command line says."""
     parser = argparse.ArgumentParser(
@@ -200,7 +221,7 @@ def read_arguments(arguments):
     add("--set", metavar="NAME=VALUE", dest="options", action="append", default=[],
         type=None if MISSING else name_and_value,
         help="an argument of torchvision's builder, such as min_size=600; may be repeated")  # fmt: skip
-    add("--cfg-options", metavar="KEY=VALUE", nargs="+", default=[],
+    add("--cfg-options", metavar="KEY=VALUE", nargs="+", default=[], type=read_change,
         help="changes of MMDetection's config, such as model.test_cfg.rcnn.score_thr=0.1")  # fmt: skip
     add(
         "--out",

@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when cv2 is imported
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # read when cv2 is imported, as in demo.py
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 try:
     import cv2
@@ -164,6 +165,8 @@ def check_out(out, folder, settings):
     """Refuse a file that cannot be written, or that the export in the folder would be lost by: ModelError."""
     if out.is_dir() or not out.parent.is_dir():
         raise ModelError(f"{out}: " + ("a folder: name a file in it" if out.is_dir() else "there is no such folder"))
+    if not os.access(out.parent, os.W_OK):
+        raise ModelError(f"{out.parent}: this folder may not be written")
     if out.suffix != ".onnx":
         raise ModelError(f"{out}: name a file that ends in .onnx")
     if out.resolve() in [(folder / name).resolve() for name in {*settings.networks, *FIRST}]:
