@@ -146,7 +146,8 @@ def annotate_video(detector, file, taken, watch, args):
     """
     video = Video(file)
     stem = file.replace(":", "_") if video.live else file
-    name = pictures.free_name(stem, args.out, taken, ".mp4", replace=not video.live)  # a camera's is the only one
+    of_camera = Path(stem).stem.startswith("camera_")  # what one saw is nowhere else
+    name = pictures.free_name(stem, args.out, taken, ".mp4", replace=not of_camera)
     total = -(-video.length // args.every) or None
     with videos.Writer(args.out / name, video.rate / args.every) as writer:
         written = pictures.printable(args.out / name)

@@ -56,7 +56,7 @@ from figures import (  # noqa: E402
     panel_height,
     show,
 )
-from pictures import draw, drawable_names, printable, read_picture, run_program, write_file  # noqa: E402
+from pictures import draw, drawable_names, is_annotated, printable, read_picture, run_program, write_file  # noqa: E402
 from postprocess import (  # noqa: E402
     NMS_SPLIT,
     interpolation_matrices,
@@ -660,21 +660,23 @@ def drawers_of_two_stages(p):
     return drawers + ([draw_masks, draw_result] if p.mask_heads else [draw_result])
 
 
+START = "<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><meta name=generator content=faster-rcnn-onnx>"
 STYLE = """body { font: 17px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
 img { width: 100%; border: 1px solid #ddd } code { background: #f2f2f2; padding: 0 .2em } h2 { margin-top: 2em }"""
 
 
 def as_png(page):
-    """Return a page's figure as the bytes of a PNG, with its caption as the description."""
+    """Return a page's figure as the bytes of a PNG that carries our mark, with its caption as the description."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(page.figure).print_png(buffer, metadata={"Description": page.caption})  # savefig draws twice
+    metadata = {"Software": "faster-rcnn-onnx", "Description": page.caption}
+    FigureCanvasAgg(page.figure).print_png(buffer, metadata=metadata)  # savefig draws twice
     return buffer.getvalue()
 
 
 def as_html(title, pages, pngs):
     """Return all pages as one HTML file that needs no other."""
     title = html.escape(title)
-    parts = [f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>{title}</title>"]
+    parts = [f"{START}<title>{title}</title>"]
     parts.append(f"<style>{STYLE}</style>\n<h1>{title}</h1>")
     for page, png in zip(pages, pngs):
         source = "data:image/png;base64," + base64.b64encode(png).decode()
@@ -682,6 +684,14 @@ def as_html(title, pages, pngs):
         parts.append(f'<h2>{caption}</h2>\n<img alt="{caption}" src="{source}">')
         parts.append(f"<p>{text}</p>\n<p>Computed by <code>{html.escape(page.functions)}</code></p>")
     return "\n".join(parts) + "\n</html>\n"
+
+
+def check_out(paths):
+    """Refuse files that are there and were not written by an earlier run: ModelError."""
+    for path in paths:
+        is_page = path.suffix == ".html" and path.is_file() and path.read_bytes().startswith(START.encode())
+        if os.path.lexists(path) and not is_page and not is_annotated(path):
+            raise ModelError(f"{path} is there, and not from an earlier run: name another folder with --out")
 
 
 def explain(detector, path, out):
@@ -693,6 +703,7 @@ def explain(detector, path, out):
     paths = [out / f"{page.name}.png" for page in pages]
     if os.path.realpath(path) in map(os.path.realpath, paths):
         raise ValueError("it would be overwritten: name another folder with --out")
+    check_out([*paths, out / "index.html"])
     out.mkdir(parents=True, exist_ok=True)
     for file, png in zip(paths, pngs):
         write_file(file, png)

@@ -55,6 +55,14 @@ def pictures_in(folder, recursive=False):
     return [path for path in named if os.path.isfile(path) or not os.path.exists(path)]
 
 
+def unreadable_folders(folder):
+    """Return a line for each folder in a folder, at any depth, that may not be read."""
+    lines = []
+    for _ in os.walk(folder, onerror=lambda error: lines.append(about(error.filename, error))):
+        pass
+    return lines
+
+
 def find_pictures(paths, recursive=False):
     """Return the files that the paths (pictures, folders, globs) name, in order, and a line for each that has none.
 
@@ -73,6 +81,8 @@ def find_pictures(paths, recursive=False):
                 problem = "this folder may not be read"
             else:
                 found, problem = pictures_in(match, recursive), "no pictures in this folder"
+                if recursive:  # rglob passes over them
+                    problems += unreadable_folders(match)
             files += found
             if not found:
                 problems.append(f"{printable(match)}: {problem}")

@@ -21,6 +21,7 @@ from detectors.cascade_rcnn import CascadeRCNN
 from detectors.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from detectors.point_rend import PointRend
 from detectors.settings import Masks, Points, Refinement, changed
+from pictures import is_annotated
 from postprocess import ignore
 
 NAMES = [
@@ -404,6 +405,21 @@ def test_the_picture_itself_is_not_overwritten(tmp_path, capsys):
     assert "it would be overwritten" in capsys.readouterr().err
     assert picture.read_bytes() == PICTURE.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["1_input.png"]
+
+
+@pytest.mark.parametrize("name", ["2_anchors.png", "index.html"])
+def test_files_of_somebody_else_are_not_overwritten(tmp_path, capsys, name):
+    arguments = [str(PICTURE), "--model", str(SHAPES), "--out", str(tmp_path)]
+    (tmp_path / name).write_text("somebody's")
+    assert explain.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"explain.py: {tmp_path / name} is there, and not from an earlier run: name another folder with --out\n"
+    )
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "somebody's")]
+    (tmp_path / name).unlink()
+    for _ in range(2):  # its own are
+        assert explain.main(arguments) == 0
+    assert all(is_annotated(path) for path in tmp_path.glob("*.png"))
 
 
 def test_matplotlib_missing_is_said(monkeypatch, capsys):

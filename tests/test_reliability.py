@@ -300,6 +300,17 @@ def obey_permissions():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root may read and write everything")
+def test_a_folder_in_a_folder_that_may_not_be_read(tmp_path):
+    (tmp_path / "in" / "open").mkdir(parents=True)
+    (tmp_path / "in" / "open" / "shapes.png").write_bytes(PICTURE.read_bytes())
+    (tmp_path / "in" / "closed").mkdir(mode=0)
+    result = run_on(tmp_path, tmp_path / "in", "--recursive", run=run_demo, preexec_fn=obey_permissions)
+    assert result.returncode == 1
+    assert f"demo.py: {tmp_path / 'in' / 'closed'}: Permission denied" in result.stderr
+    assert names_in(tmp_path / "out") == {"shapes.png"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root may read and write everything")
 def test_permissions(tmp_path):
     closed, unlisted, read_only = tmp_path / "closed.png", tmp_path / "unlisted", tmp_path / "read only"
     closed.write_bytes(PICTURE.read_bytes())

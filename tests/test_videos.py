@@ -273,6 +273,13 @@ def test_what_a_camera_saw_is_never_replaced(tmp_path, monkeypatch):
     for names in ({"camera_3.mp4"}, {"camera_3.mp4", "camera_3_2.mp4"}):
         call("camera:3", "--out", tmp_path)
         assert {path.name for path in tmp_path.glob("*.mp4")} == names
+    monkeypatch.undo()
+    (tmp_path / "in").mkdir()
+    clip = write_clip(tmp_path / "in" / "camera_3.mp4", 2)  # nor by a video of this name
+    seen = (tmp_path / "camera_3.mp4").read_bytes()
+    assert call(clip, "--out", tmp_path).returncode == 0
+    assert (tmp_path / "camera_3.mp4").read_bytes() == seen
+    assert (tmp_path / "camera_3_3.mp4").exists()
 
 
 def test_frames_of_odd_and_of_changing_sizes(tmp_path):
