@@ -187,8 +187,8 @@ def build_model(builder, arguments, content, path):
         model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=number, **known).eval()
     except (RuntimeError, MemoryError) as error:  # a small file may claim billions of classes
         raise SourceError(f"{path}: {builder} with {number} classes cannot be built: {one_line(error)}") from error
-    tail = state.get(TAIL)
-    if builder.startswith("ssdlite") and tail is not None and tail.shape != model.state_dict()[TAIL].shape:
+    tail = state.get(TAIL) if builder.startswith("ssdlite") else None
+    if isinstance(tail, torch.Tensor) and tail.shape != model.state_dict()[TAIL].shape:
         give_whole_tail(model, number)
     load_weights(model, state, path)
     if BUILDERS[builder].frozen_eps is None:
