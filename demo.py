@@ -78,6 +78,16 @@ def counts(found, classes):
     return ", ".join(f"{number} {classes[label]}" for label, number in zip(labels, numbers)) or "nothing"
 
 
+def originals_among(files):
+    """Return the files that no earlier run annotated, and say which are left out."""
+    annotated = dict.fromkeys(filter(pictures.is_annotated, files))
+    if annotated:
+        more = f" and {len(annotated) - 1} more" if len(annotated) > 1 else ""
+        first = pictures.printable(next(iter(annotated)))
+        print(f"demo.py: left out, annotated by an earlier run: {first}{more}", file=sys.stderr)
+    return [file for file in files if file not in annotated]
+
+
 def run(detector, files, args):
     """Detect in every file and write what was found; return how many files failed, and how many pictures were done."""
     watch, images, results, taken, failures = Stopwatch(), [], [], set(), 0
@@ -257,13 +267,7 @@ def main(arguments=None):
         files, problems = pictures.find_pictures(args.paths or [str(PICTURE)], args.recursive)
         for problem in problems:
             print(f"demo.py: {problem}", file=sys.stderr)
-        annotated = list(filter(pictures.is_annotated, files))
-        left_out = set(annotated)
-        originals = [file for file in files if file not in left_out]
-        if annotated:
-            more = f" and {len(annotated) - 1} more" if annotated[1:] else ""
-            print(f"demo.py: left out, annotated by an earlier run: {pictures.printable(annotated[0])}{more}",
-                  file=sys.stderr)  # fmt: skip
+        originals = originals_among(files)
         if not originals:
             return 2
         if args.save_stages:

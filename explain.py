@@ -68,6 +68,7 @@ from postprocess import (  # noqa: E402
     softmax,
     to_cells,
 )
+from videos import SIGN  # noqa: E402
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -660,7 +661,7 @@ def drawers_of_two_stages(p):
     return drawers + ([draw_masks, draw_result] if p.mask_heads else [draw_result])
 
 
-START = "<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><meta name=generator content=faster-rcnn-onnx>"
+START = f"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><meta name=generator content={SIGN}>"
 STYLE = """body { font: 17px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
 img { width: 100%; border: 1px solid #ddd } code { background: #f2f2f2; padding: 0 .2em } h2 { margin-top: 2em }"""
 
@@ -668,7 +669,7 @@ img { width: 100%; border: 1px solid #ddd } code { background: #f2f2f2; padding:
 def as_png(page):
     """Return a page's figure as the bytes of a PNG that carries our mark, with its caption as the description."""
     buffer = io.BytesIO()
-    metadata = {"Software": "faster-rcnn-onnx", "Description": page.caption}
+    metadata = {"Software": SIGN, "Description": page.caption}
     FigureCanvasAgg(page.figure).print_png(buffer, metadata=metadata)  # savefig draws twice
     return buffer.getvalue()
 

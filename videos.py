@@ -16,7 +16,8 @@ import numpy as np
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 AHEAD = 4  # frames that are read while the networks work on another
-MARK = b"Software\0faster-rcnn-onnx"  # in all that is annotated, so that none of it is taken for an input later
+SIGN = "faster-rcnn-onnx"
+MARK = b"Software\0" + SIGN.encode()  # in all that is annotated, so that none of it is taken for an input later
 SPARE = 2**24  # bytes that the disk must have left: a video ends with a table of its frames, without which none plays
 CODEC = "mp4v"  # MPEG-4 part 2, the one that every OpenCV can write
 

@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import cv2
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -753,6 +754,23 @@ def test_trident_runs_its_nms_twice(tmp_path, shapes, capfd):
     assert_refused(capfd, tmp_path, [*shapes, "--cfg-options", *soft], "model.test_cfg.rcnn.nms has type='soft_nms'")
     shapes[:2] = [str(SHAPES.parent / "shapes_mask" / name) for name in ("config.py", "shapes_mask.pth")]
     assert_refused(capfd, tmp_path, [*shapes, "--cfg-options", *trident], "TridentRoIHead with masks")
+
+
+@pytest.mark.parametrize("scale", [(640, 640), (1333, 800)])
+def test_squares_have_one_size_only_if_both_limits_are_one(scale):
+    settings = load(SHAPES).settings.preprocess
+    settings = msgspec.structs.replace(settings, scale=scale, pad_to_square=True, pad_divisor=32)
+    first, second = export.replayed(np.zeros((1, 3, 640, 640), np.float32), {0: "N", 2: "H", 3: "W"}, settings)
+    assert second.shape == (1, 3, 640, 640)
+    assert first.shape == ((2, 3, 640, 640) if scale == (640, 640) else (2, 3, 320, 320))
+
+
+def test_what_mmdetection_cannot_do_is_one_line(tmp_path, shapes, capfd, monkeypatch):
+    def fail(*arguments):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(mmdetection, "inference_detector", fail)
+    assert_refused(capfd, tmp_path, shapes, "MMDetection fails with", "shapes.png: ZeroDivisionError: by zero")
 
 
 def test_what_fails_leaves_no_folder(tmp_path, capfd, monkeypatch):
