@@ -868,8 +868,10 @@ def test_the_whole_detector_as_one_file(tmp_path, capfd):
     assert len(re.findall(r"^in one file(, with any score)?: .*with NumPy: .*True$", out, flags=re.MULTILINE)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["detector.onnx", *PAIR]
     check_standard(onnx.load(str(tmp_path / "detector.onnx")))
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "model1.onnx").write_text("in 8 bits")
     assert export.main(arguments) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)  # it was of the older networks
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(PAIR)  # they were of the older networks
 
 
 def test_a_whole_detector_that_cannot_be_written_is_refused_at_once(tmp_path, capfd, monkeypatch):

@@ -262,10 +262,11 @@ def test_numbers_too_large_for_half_precision(tmp_path, capsys):
     assert (folder / "fp16-rejected" / "model.onnx").exists()
 
 
-def test_a_library_that_fails(tmp_path, monkeypatch):
-    """Whatever it raises, the network is named."""
+@pytest.mark.parametrize("step", [lambda path: 1 / 0, lambda path: onnx.load(str(path)).graph])
+def test_a_library_that_fails(tmp_path, monkeypatch, step):
+    """Whatever it raises, the network is named: while it is converted, or when it is tried."""
     folder = copy_export(ATSS, tmp_path / "export")
-    monkeypatch.setattr(quantize, "to_fp16", lambda path: onnx.load(str(path)).graph)
+    monkeypatch.setattr(quantize, "to_fp16", step)
     with pytest.raises(SourceError, match=r"model\.onnx cannot be converted: \w+: "):
         quantize.write_fp16(folder, SHAPES.parents[1] / "asset" / "shapes.png")
     assert [path.name for path in folder.iterdir()] == ["model.onnx"]
